@@ -1,0 +1,62 @@
+"""Tiny random checkpoints of real architectures, made on the spot: no download, no fixture files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# Wide enough that LoRA moves logprobs by whole units, far above rounding noise.
+WEIGHT_STD = 0.08
+VOCAB_SIZE = 512
+
+
+def save_qwen3_5(folder: Path) -> Path:
+    """Save a Qwen3.5 text model: two gated-delta-net layers, one full-attention layer.
+
+    Head dims are those that vLLM's CPU kernels accept (attention 64, GDN 128); four value heads
+    and two key heads leave tensor parallelism of 2 a whole number of heads per rank.
+    """
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        max_position_embeddings=512,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return _save(Qwen3_5ForCausalLM, config, folder)
+
+
+def _save(model_class: type, config: object, folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = model_class(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a word-level tokenizer that gives every token id its own printable word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w0", eos_token="w1", pad_token="w2", unk_token="w2"
+    ).save_pretrained(folder)
