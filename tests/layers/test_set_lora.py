@@ -1,0 +1,100 @@
+"""``set_lora`` takes exactly the tensors that fit, and writes nothing when it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import layers
+from support.layers import INPUT_SIZE, Case, Fusion
+from support.ranks import Ranks
+
+QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
+UNLISTED = Fusion("unlisted", (8, 8, 8, 8), ("x", "y", "z"), ((0, 1), (2,), (3,)))
+ROWS_QKV, ROWS_Z, RANK = 64, 32, 4
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+A, QKV_B, Z_B = ones(RANK, INPUT_SIZE), ones(ROWS_QKV, RANK), ones(ROWS_Z, RANK)
+
+MISFITS = {
+    "too few rows": ([A, A], [ones(ROWS_QKV - 1, RANK), Z_B], "expected LoRA-B with 64 rows, found 63"),
+    "too many rows": ([None, A], [None, ones(ROWS_Z + 4, RANK)], "expected LoRA-B with 32 rows, found 36"),
+    "rows of the wrong module": ([A, None], [Z_B, None], "module in_proj_qkv of in_proj_qkvz: expected"),
+    "one tensor for both": (A, ones(ROWS_QKV + ROWS_Z, RANK), "2 modules (in_proj_qkv, in_proj_z)"),
+    "three modules": ([A, A, A], [QKV_B, Z_B, Z_B], "but LoRA-B was given for 3"),
+    "no B": ([A, A], [QKV_B, None], "in_proj_z has LoRA-A but no LoRA-B"),
+    "no A": ([None, A], [QKV_B, Z_B], "in_proj_qkv has LoRA-B but no LoRA-A"),
+    "ranks differ": ([A, None], [ones(ROWS_QKV, RANK + 1), None], "found (4, 32) and (64, 5)"),
+    "rank too large": ([ones(9, INPUT_SIZE), None], [ones(ROWS_QKV, 9), None], "r at most 8"),
+    "wrong input": ([ones(RANK, INPUT_SIZE + 1), None], [QKV_B, None], "shape (r, 32)"),
+    "1-D": ([ones(INPUT_SIZE), None], [ones(ROWS_QKV), None], "found (32,) and (64,)"),
+    "lists differ": ([A], [QKV_B, Z_B], "1 LoRA-A tensors but 2 LoRA-B tensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_refuses_and_writes_nothing(ranks: Ranks, misfit: str) -> None:
+    lora_a, lora_b, words = MISFITS[misfit]
+    for message, unchanged in ranks.run(_set, QKVZ, lora_a, lora_b):
+        assert unchanged
+        assert words in message
+        assert "model.layers.0.mixer.in_proj_qkvz" in message
+
+
+def test_refuses_rows_of_one_rank_only(ranks: Ranks) -> None:
+    local = ones(ROWS_Z // ranks.size, RANK)
+    for message, unchanged in ranks.run(_set, QKVZ, [None, A], [None, local]):
+        assert unchanged == (ranks.size > 1)
+        assert ("expected LoRA-B with 32 rows" in message) == (ranks.size > 1)
+
+
+def test_places_unlisted_modules_by_rows_where_only_one_way_fits(ranks: Ranks) -> None:
+    cases = [
+        ({"x": 8, "y": 16}, ""),
+        ({"y": 8}, "more than one does: [[0], [1], [2, 3]] and [[0, 1], [2], [3]]"),
+        ({"y": 12}, "but none does"),
+        ({"x": 8, "y": 8, "z": 8}, "but none does"),
+    ]
+    for rows, words in cases:
+        lora_b = [ones(rows[m], RANK) if m in rows else None for m in UNLISTED.modules]
+        lora_a = [None if b is None else A for b in lora_b]
+        for message, unchanged in ranks.run(_set, UNLISTED, lora_a, lora_b):
+            assert unchanged == bool(words)
+            assert words in message
+
+
+@pytest.mark.parametrize("fusion", [QKVZ, UNLISTED], ids=lambda fusion: fusion.name)
+def test_takes_the_dummies_of_the_warm_up(ranks: Ranks, fusion: Fusion) -> None:
+    for message in ranks.run(_warm_up, fusion):
+        assert not message
+
+
+def _set(fusion: Fusion, lora_a: Any, lora_b: Any) -> tuple[str, bool]:
+    """Try to set a slot that an adapter is in; return the error and whether the slot is as it was."""
+    layer = layers.build(Case(fusion, ()))
+    rows = [fusion.rows(module) for module in range(len(fusion.modules))]
+    layer.set_lora(1, [A] * len(rows), [2 * ones(r, RANK) for r in rows])
+    stacks = (*layer.lora_a_stacked, *layer.lora_b_stacked)
+    before = [stack.clone() for stack in stacks]
+    try:
+        layer.set_lora(1, lora_a, lora_b)
+    except ValueError as error:
+        return str(error), all(map(torch.equal, before, stacks))
+    return "", False
+
+
+def _warm_up(fusion: Fusion) -> str:
+    """Set what vLLM's `create_dummy_lora` makes: this rank's rows, all zero."""
+    layer = layers.build(Case(fusion, ()))
+    dummies = [torch.zeros(b.shape[2], RANK) for b in layer.lora_b_stacked]
+    for count in {len(fusion.modules), len(dummies)}:
+        try:
+            layer.set_lora(0, [A] * count, dummies[:count])
+        except ValueError as error:
+            return str(error)
+    return ""

@@ -1,0 +1,192 @@
+"""What the plugin does to a process: nothing when off, next to nothing where LoRA is not built."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+import pytest
+import vllm_nway_lora
+from support.processes import evaluate, run_python
+from vllm_nway_lora import patches
+
+# Every attribute of every vLLM module that LoRA brings in, by what it is called, not where it lies;
+# what goes into the key of vLLM's compile cache; and what vLLM says of its environment.
+SNAPSHOT = """
+import json, sys
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+import vllm.lora.worker_manager, vllm.v1.executor.abstract
+from vllm.envs import compile_factors
+from vllm.platforms import current_platform
+
+def describe(value, depth=2):
+    if isinstance(value, (tuple, list, set, frozenset)) and depth:
+        return [describe(item, depth - 1) for item in value]
+    if isinstance(value, type) and depth:
+        return [value.__module__, value.__qualname__] + sorted(
+            k + " " + describe(v, 0) for k, v in vars(value).items() if not k.startswith("_abc")
+        )
+    kind = type(value).__name__
+    if kind in ("function", "type", "FunctionWrapper", "builtin_function_or_method", "module"):
+        return f"{kind} {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return kind
+
+attributes = {
+    f"{name}.{attribute}": describe(value)
+    for name, module in sorted(sys.modules.items())
+    if name.partition(".")[0] == "vllm"
+    for attribute, value in list(vars(module).items())
+    if not attribute.startswith("__")
+}
+try:
+    current_platform.validate_environ(True)
+    complaint = ""
+except ValueError as error:
+    complaint = str(error)
+print(json.dumps([attributes, compile_factors().get("VLLM_NWAY_LORA"), complaint]))
+"""
+
+
+@pytest.fixture(scope="module")
+def snapshots() -> dict[str, tuple[dict[str, Any], str | None, str]]:
+    """vLLM without the plugin (its name filtered out), with it off, and with it on."""
+    environments: dict[str, dict[str, str]] = {
+        "without": {"VLLM_NWAY_LORA": "0", "VLLM_PLUGINS": "lora_filesystem_resolver"},
+        "off": {"VLLM_NWAY_LORA": "0", "VLLM_PLUGINS": "lora_filesystem_resolver,nway_lora"},
+        "on": {"VLLM_NWAY_LORA": "1", "VLLM_PLUGINS": "lora_filesystem_resolver,nway_lora"},
+    }
+    return {name: evaluate(SNAPSHOT, **values) for name, values in environments.items()}
+
+
+def test_off_leaves_vllm_as_it_is(snapshots: dict[str, Any]) -> None:
+    without, off, on = (snapshots[name][0] for name in ("without", "off", "on"))
+    assert {f"{patch.module}.{patch.attribute}" for patch in patches.PATCHES} <= set(without)
+    assert off == without
+    # The same comparison sees each patch of a process that has the plugin on.
+    changed = {name for name in without if on.get(name) != without[name]}
+    assert changed == {f"{patch.module}.{patch.attribute}" for patch in patches.PATCHES}
+
+
+def test_vllm_knows_the_variable(snapshots: dict[str, Any]) -> None:
+    assert "VLLM_NWAY_LORA" in snapshots["without"][2]
+    assert snapshots["off"][2] == snapshots["on"][2] == ""
+
+
+def test_a_compile_cache_is_never_shared(snapshots: dict[str, Any]) -> None:
+    without, off, on = (snapshots[name][1] for name in ("without", "off", "on"))
+    assert without is None
+    assert off != on
+    assert vllm_nway_lora.__version__ in on
+
+
+def test_the_entry_point_is_register() -> None:
+    [entry_point] = entry_points(group="vllm.general_plugins", name="nway_lora")
+    assert entry_point.load() is vllm_nway_lora.register
+
+
+def test_register_alone_imports_neither_torch_nor_vllm() -> None:
+    imported = evaluate(
+        """
+        import json, sys
+        import vllm_nway_lora
+        vllm_nway_lora.register()
+        print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+        """
+    )
+    assert "vllm_nway_lora" in imported
+    assert not {"torch", "vllm", "transformers"} & set(imported)
+
+
+def test_register_in_a_vllm_process_imports_nothing_of_vllm() -> None:
+    added = evaluate(
+        """
+        import json, sys
+        import vllm.plugins, vllm.envs, vllm_nway_lora
+        before = set(sys.modules)
+        vllm_nway_lora.register()
+        print(json.dumps(sorted(set(sys.modules) - before)))
+        """
+    )
+    assert "vllm_nway_lora.patches" in added
+    assert not [name for name in added if name.startswith(("vllm.", "torch"))]
+
+
+@pytest.mark.parametrize("value", ["2", "true", "on", "strict!"])
+def test_a_value_that_is_none_is_an_error_that_lists_them(value: str) -> None:
+    done = run_python("import vllm_nway_lora; vllm_nway_lora.register()", VLLM_NWAY_LORA=value)
+    assert done.returncode != 0
+    for words in (f"VLLM_NWAY_LORA='{value}'", "1 (on", "0 (off", "strict (refuse"):
+        assert words in done.stderr
+
+
+@pytest.fixture
+def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """vLLM's module with the table of LoRA classes, in this process, without the plugin."""
+    import vllm.lora.utils
+
+    vllm_nway_lora.unregister()
+    monkeypatch.delenv("VLLM_NWAY_LORA", raising=False)
+    yield vllm.lora.utils
+    vllm_nway_lora.unregister()
+
+
+def test_register_and_unregister_any_number_of_times(utils: ModuleType) -> None:
+    stock = utils._all_lora_classes
+    for _ in range(2):
+        vllm_nway_lora.register()
+        ours = utils._all_lora_classes
+        vllm_nway_lora.register()
+        assert utils._all_lora_classes is ours
+        assert [c.__name__ for c in ours] == ["NWayLinearWithLoRA", *(c.__name__ for c in stock)]
+        vllm_nway_lora.unregister()
+        vllm_nway_lora.unregister()
+        assert utils._all_lora_classes is stock
+        assert not patches.applied()
+
+
+@pytest.mark.parametrize(("value", "on"), [("", True), ("1", True), ("strict", True), ("0", False)])
+def test_the_values(
+    utils: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, on: bool
+) -> None:
+    monkeypatch.setenv("VLLM_NWAY_LORA", value)
+    vllm_nway_lora.register()
+    assert patches.applied() == (patches.PATCHES if on else ())
+
+
+@pytest.mark.parametrize(
+    ("version", "missing", "words", "on"),
+    [
+        ("0.32.0", False, "", True),
+        ("0.16.1", False, "vLLM 0.16.1 is older than 0.17.0", False),
+        ("0.99.0", False, "has not been tested on vLLM 0.99.0", True),
+        ("dev", False, "has not been tested on vLLM dev", True),
+        ("0.99.0", True, "vLLM 0.99.0 lacks vllm.lora.utils._all_lora_classes", False),
+    ],
+)
+@pytest.mark.parametrize("mode", ["1", "strict"])
+def test_releases(
+    utils: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
+    missing: bool,
+    words: str,
+    on: bool,
+    mode: str,
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setenv("VLLM_NWAY_LORA", mode)
+    if missing:
+        monkeypatch.delattr(utils, "_all_lora_classes")
+    if not on and mode == "strict":
+        with pytest.raises(RuntimeError, match=f"VLLM_NWAY_LORA=strict.*{words}"):
+            vllm_nway_lora.register()
+    else:
+        vllm_nway_lora.register()
+        assert [words in record.getMessage() for record in caplog.records] == [True] * bool(words)
+    assert bool(patches.applied()) == on
