@@ -24,8 +24,10 @@ from vllm.envs import compile_factors
 from vllm.platforms import current_platform
 
 def describe(value, depth=2):
-    if isinstance(value, (tuple, list, set, frozenset)) and depth:
+    if isinstance(value, (tuple, list)) and depth:
         return [describe(item, depth - 1) for item in value]
+    if isinstance(value, (set, frozenset)) and depth:  # in no order that two processes share
+        return sorted(json.dumps(describe(item, depth - 1)) for item in value)
     if isinstance(value, type) and depth:
         return [value.__module__, value.__qualname__] + sorted(
             k + " " + describe(v, 0) for k, v in vars(value).items() if not k.startswith("_abc")

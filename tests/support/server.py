@@ -1,0 +1,162 @@
+"""vLLM's OpenAI-compatible server as a child process, and requests to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from support.adapters import Answer
+
+NEW_TOKENS = 16
+
+
+class ServerError(RuntimeError):
+    """The server did not start, or answered with an error; the message is its own."""
+
+
+class Server:
+    """A running server; leaving the ``with`` block ends it and every process that it started."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        log: Path,
+        *arguments: str,
+        plugin: bool,
+        tensor_parallel_size: int = 1,
+        compiled: bool = False,
+        tick: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = log
+        self._tick = tick
+        # `vllm serve` needs a distribution named vllm, which the CPU build is not.
+        self._command = [
+            *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--tensor-parallel-size", str(tensor_parallel_size), "--dtype", "bfloat16"),
+            *("--enable-lora", "--max-loras", "8", "--max-lora-rank", "16"),
+            *("--max-model-len", "128", "--max-num-seqs", "16"),
+            *(() if compiled else ("--enforce-eager",)),
+            *("--fail-on-environ-validation", *arguments),
+        ]
+        self._env = engine_environment(plugin, tensor_parallel_size) | {
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"
+        }
+
+    def __enter__(self) -> Server:
+        with self.log.open("w") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started = time.monotonic()
+        while True:
+            self._tick(time.monotonic() - started)
+            try:
+                self._request("/health")
+                return self
+            except (ServerError, OSError):
+                if self._process.poll() is not None or time.monotonic() - started > 300:
+                    self.__exit__(None, None, None)
+                    tail = self.log.read_text()[-3000:]
+                    raise ServerError(f"The server did not start:\n{tail}") from None
+            time.sleep(1)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
+        # Workers of an engine that failed can outlive it; all are in the session of this process.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def load(self, name: str, folder: Path) -> None:
+        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+
+    def unload(self, name: str) -> None:
+        self._request("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in json.loads(self._request("/v1/models"))["data"]]
+
+    def complete(self, model: str, prompt: list[int]) -> Answer:
+        """Complete ``prompt`` greedily; return all tokens and their logprobs."""
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": NEW_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 1,
+            "prompt_logprobs": 0,
+            "return_tokens_as_token_ids": True,
+        }
+        choice = json.loads(self._request("/v1/completions", body))["choices"][0]
+        generated = [int(token.partition(":")[2]) for token in choice["logprobs"]["tokens"]]
+        prompt_logprobs = [
+            position[str(token)]["logprob"]
+            for token, position in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
+        logprobs = prompt_logprobs + choice["logprobs"]["token_logprobs"]
+        return Answer(prompt + generated, logprobs, len(prompt))
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> str:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        # No proxy: the server is on this machine.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=120) as response:
+                return str(response.read().decode())
+        except urllib.error.HTTPError as error:
+            text = error.read().decode()
+            try:
+                text = json.loads(text)["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                pass
+            raise ServerError(f"{error.code}: {text}") from None
+
+
+def engine_environment(plugin: bool, tensor_parallel_size: int) -> dict[str, str]:
+    """Return this process's environment, set up for a small CPU engine."""
+    return {
+        **os.environ,
+        "VLLM_NWAY_LORA": "1" if plugin else "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # One NUMA node: say which cores each rank has, else every rank takes them all.
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tensor_parallel_size))
+        if tensor_parallel_size > 1
+        else "auto",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
