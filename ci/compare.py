@@ -37,9 +37,7 @@ def main() -> int:
             label = "with vllm-nway-lora" if plugin else "stock vLLM"
             verdicts[plugin] = {}
             console.print(f"starting the server, {label} (about a minute)")
-            with Server(
-                checkpoint, root / "log", plugin=plugin, tensor_parallel_size=tp
-            ) as server:
+            with Server(checkpoint, root / "log", plugin=plugin, tensor_parallel_size=tp) as server:
                 for name, folder in adapters.items():
                     console.print(f"  {label}: adapter {name}")
                     try:

@@ -10,8 +10,9 @@ import hashlib
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("NWAY_LORA_CACHE", Path.home() / ".cache" / "vllm-nway-lora"))

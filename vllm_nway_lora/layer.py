@@ -72,7 +72,8 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         sizes = source_layer.output_sizes
         # Two equal outputs, seen as two modules or as one, are what vLLM's own classes are made for.
         if len(sizes) == 2 and (
-            len(packed_modules_list) == 2 or (len(packed_modules_list) == 1 and sizes[0] == sizes[1])
+            len(packed_modules_list) == 2
+            or (len(packed_modules_list) == 1 and sizes[0] == sizes[1])
         ):
             return False
         if len(sizes) < 3 and not packed_modules_list:

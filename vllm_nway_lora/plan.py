@@ -195,7 +195,9 @@ def refuse_all(fused: str, modules: Sequence[str], width: int, reason: str) -> F
     """
     bounds = [width * n // len(modules) for n in range(len(modules) + 1)]
     slices = tuple(
-        Slice(name, rows=stop - start, width=stop - start, offset=0, local=torch.arange(stop - start))
+        Slice(
+            name, rows=stop - start, width=stop - start, offset=0, local=torch.arange(stop - start)
+        )
         for name, start, stop in zip(modules, bounds, bounds[1:], strict=False)
     )
     return FusionPlan(fused, tuple(modules), slices, refusal=reason)
@@ -253,8 +255,10 @@ def partition_by_rows(
         f"{module}: {'not adapted' if count is None else f'{count} rows'}"
         for module, count in zip(modules, rows, strict=True)
     )
-    found = "none does" if not fits else "more than one does: " + " and ".join(
-        str([list(run) for run in fit]) for fit in fits
+    found = (
+        "none does"
+        if not fits
+        else "more than one does: " + " and ".join(str([list(run) for run in fit]) for fit in fits)
     )
     raise PlanError(
         f"{fused} has outputs of {list(output_rows)} rows. Exactly one split of them into "
@@ -262,7 +266,9 @@ def partition_by_rows(
     )
 
 
-def _fits(output_rows: Sequence[int], rows: Sequence[int | None], first: int) -> Iterator[list[range]]:
+def _fits(
+    output_rows: Sequence[int], rows: Sequence[int | None], first: int
+) -> Iterator[list[range]]:
     if not rows:
         if first == len(output_rows):
             yield []

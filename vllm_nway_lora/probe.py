@@ -48,7 +48,7 @@ def _load_indices(
         torch.full((layer.output_size_per_partition, 1), -1, dtype=torch.int64, device="cpu"),
         requires_grad=False,
     )
-    column.output_dim, column.input_dim = 0, 1  # type: ignore[attr-defined]
+    column.output_dim, column.input_dim = 0, 1
     indices = torch.arange(size, dtype=torch.int64, device="cpu").unsqueeze(1)
     own_rank = layer.tp_rank
     try:

@@ -110,9 +110,7 @@ def test_the_plugin_says_that_it_is_on(server: Server) -> None:
     assert len(workers) == len(lines)  # one line per worker, none elsewhere
 
 
-def test_stock_vllm_refuses_z_alone(
-    checkpoint: Checkpoint, tmp_path: Path
-) -> None:
+def test_stock_vllm_refuses_z_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """The defect that this package mends; fails when upstream mends it (vllm-project/vllm#57851)."""
     with Server(checkpoint.folder, tmp_path / "log", plugin=False) as stock:
         with pytest.raises(ServerError, match="Cannot determine how to split lora_b with 512 rows"):

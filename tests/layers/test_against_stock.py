@@ -51,9 +51,7 @@ def test_stock_cannot_load_z_alone(ranks: Ranks) -> None:
 def test_stock_ignores_three_outputs_or_more_when_fully_sharded(
     ranks: Ranks, fusion: Fusion
 ) -> None:
-    layer_classes = ranks.run(
-        _layer_class, Case(fusion, ((0,),), fully_sharded=True, plugin=False)
-    )
+    layer_classes = ranks.run(_layer_class, Case(fusion, ((0,),), fully_sharded=True, plugin=False))
     assert set(layer_classes) == {"MergedColumnParallelLinear"}
 
 

@@ -117,4 +117,6 @@ class Comparison:
 def prompts(count: int = 3) -> list[list[int]]:
     """Return token prompts of differing lengths."""
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, 512, (20 + 7 * n,), generator=generator).tolist() for n in range(count)]
+    return [
+        torch.randint(3, 512, (20 + 7 * n,), generator=generator).tolist() for n in range(count)
+    ]

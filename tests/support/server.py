@@ -139,10 +139,8 @@ class Server:
                 return str(response.read().decode())
         except urllib.error.HTTPError as error:
             text = error.read().decode()
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 text = json.loads(text)["error"]["message"]
-            except (ValueError, KeyError, TypeError):
-                pass
             raise ServerError(f"{error.code}: {text}") from None
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllm_nway_lora.fusions import KNOWN, outputs_by_module
 from vllm_nway_lora.plan import (
     FusionPlan,
@@ -103,9 +104,7 @@ def test_by_rows_is_the_true_grouping_or_an_error(
     st.lists(st.integers(1, 4), min_size=1, max_size=6),
     st.lists(st.none() | st.integers(1, 12), min_size=1, max_size=4),
 )
-def test_partition_agrees_with_trying_every_split(
-    sizes: list[int], rows: list[int | None]
-) -> None:
+def test_partition_agrees_with_trying_every_split(sizes: list[int], rows: list[int | None]) -> None:
     def splits(first: int, modules: int) -> list[list[range]]:
         if not modules:
             return [[]] if first == len(sizes) else []
@@ -193,7 +192,9 @@ def test_columns_that_no_module_covers_stay_in_a_slice() -> None:
     column = {name: torch.full((8,), -1) for name in "xy"}
     column["x"][1:3] = torch.arange(2)
     column["y"][4:7] = torch.arange(3)
-    plan = build_plan("fused", ["x", "y"], [[0], [1]], [Output(2, column["x"]), Output(3, column["y"])])
+    plan = build_plan(
+        "fused", ["x", "y"], [[0], [1]], [Output(2, column["x"]), Output(3, column["y"])]
+    )
     assert sum(s.width for s in plan.slices) == 8
     assert write(plan, [torch.tensor([1, 2]), torch.tensor([3, 4, 5])]).tolist() == [
         0, 1, 2, 0, 3, 4, 5, 0,

@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import vllm_nway_lora
 from support.processes import evaluate, run_python
+
+import vllm_nway_lora
 from vllm_nway_lora import patches
 
 # Every attribute of every vLLM module that LoRA brings in, by what it is called, not where it lies;
