@@ -78,8 +78,9 @@ class Reference:
         base = self.logprobs(None, answer.tokens)[:-1].gather(1, ids).squeeze(1)
         expected = ours.gather(1, ids).squeeze(1)
         generated = slice(answer.prompt_length - 1, None)
+        scored = slice(-len(answer.logprobs), None)
         return Comparison(
-            error=(torch.tensor(answer.logprobs) - expected).abs().max().item(),
+            error=(torch.tensor(answer.logprobs) - expected[scored]).abs().max().item(),
             effect=(expected - base).abs().max().item(),
             greedy_gap=(ours.max(1).values - expected)[generated].max().item(),
         )
@@ -87,7 +88,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said: prompt and generated tokens, and the logprob of each but the first."""
+    """What a server said: prompt and generated tokens, and the logprobs of the last of them."""
 
     tokens: list[int]
     logprobs: list[float]

@@ -105,8 +105,12 @@ class Server:
     def models(self) -> list[str]:
         return [model["id"] for model in json.loads(self._request("/v1/models"))["data"]]
 
-    def complete(self, model: str, prompt: list[int]) -> Answer:
-        """Complete ``prompt`` greedily; return all tokens and their logprobs."""
+    def complete(self, model: str, prompt: list[int], *, score_prompt: bool = True) -> Answer:
+        """Complete ``prompt`` greedily; return all tokens and their logprobs.
+
+        Without ``score_prompt`` only of the new ones: with LoRA on CPU, vLLM 0.32.0 cannot score
+        prompts in batches of several requests (its LM head's LoRA gets a wrong batch size).
+        """
         body = {
             "model": model,
             "prompt": prompt,
@@ -114,14 +118,14 @@ class Server:
             "temperature": 0,
             "ignore_eos": True,
             "logprobs": 1,
-            "prompt_logprobs": 0,
+            "prompt_logprobs": 0 if score_prompt else None,
             "return_tokens_as_token_ids": True,
         }
         choice = json.loads(self._request("/v1/completions", body))["choices"][0]
         generated = [int(token.partition(":")[2]) for token in choice["logprobs"]["tokens"]]
         prompt_logprobs = [
             position[str(token)]["logprob"]
-            for token, position in zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+            for token, position in zip(prompt[1:], (choice["prompt_logprobs"] or [])[1:])
         ]
         logprobs = prompt_logprobs + choice["logprobs"]["token_logprobs"]
         return Answer(prompt + generated, logprobs, len(prompt))
