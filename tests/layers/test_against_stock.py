@@ -51,7 +51,9 @@ def test_stock_cannot_load_z_alone(ranks: Ranks) -> None:
 def test_stock_ignores_three_outputs_or_more_when_fully_sharded(
     ranks: Ranks, fusion: Fusion
 ) -> None:
-    layer_classes = ranks.run(_layer_class, Case(fusion, ((0,),), fully_sharded=True, plugin=False))
+    layer_classes = ranks.run(
+        layers.layer_class, Case(fusion, ((0,),), fully_sharded=True, plugin=False)
+    )
     assert set(layer_classes) == {"MergedColumnParallelLinear"}
 
 
@@ -60,7 +62,3 @@ def test_stock_cuts_one_output_into_halves(ranks: Ranks) -> None:
     output = layers.assemble(ONE_OF_ONE, [r.output for r in ranks.run(layers.run, case)])
     error = (output - layers.dense(case)).abs().max().item()
     assert error < 1e-4 if ranks.size == 1 else error > 1
-
-
-def _layer_class(case: Case) -> str:
-    return type(layers.build(case)).__name__

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from support import layers
-from support.layers import INPUT_SIZE, Case, Fusion
+from support.layers import INPUT_SIZE, Fusion
 from support.ranks import Ranks
 
 QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
@@ -40,7 +38,7 @@ MISFITS = {
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_refuses_and_writes_nothing(ranks: Ranks, misfit: str) -> None:
     lora_a, lora_b, words = MISFITS[misfit]
-    for message, unchanged in ranks.run(_set, QKVZ, lora_a, lora_b):
+    for message, unchanged in ranks.run(layers.try_set, QKVZ, lora_a, lora_b):
         assert unchanged
         assert words in message
         assert "model.layers.0.mixer.in_proj_qkvz" in message
@@ -48,7 +46,7 @@ def test_refuses_and_writes_nothing(ranks: Ranks, misfit: str) -> None:
 
 def test_refuses_rows_of_one_rank_only(ranks: Ranks) -> None:
     local = ones(ROWS_Z // ranks.size, RANK)
-    for message, unchanged in ranks.run(_set, QKVZ, [None, A], [None, local]):
+    for message, unchanged in ranks.run(layers.try_set, QKVZ, [None, A], [None, local]):
         assert unchanged == (ranks.size > 1)
         assert ("expected LoRA-B with 32 rows" in message) == (ranks.size > 1)
 
@@ -63,38 +61,12 @@ def test_places_unlisted_modules_by_rows_where_only_one_way_fits(ranks: Ranks) -
     for rows, words in cases:
         lora_b = [ones(rows[m], RANK) if m in rows else None for m in UNLISTED.modules]
         lora_a = [None if b is None else A for b in lora_b]
-        for message, unchanged in ranks.run(_set, UNLISTED, lora_a, lora_b):
+        for message, unchanged in ranks.run(layers.try_set, UNLISTED, lora_a, lora_b):
             assert unchanged == bool(words)
             assert words in message
 
 
 @pytest.mark.parametrize("fusion", [QKVZ, UNLISTED], ids=lambda fusion: fusion.name)
 def test_takes_the_dummies_of_the_warm_up(ranks: Ranks, fusion: Fusion) -> None:
-    for message in ranks.run(_warm_up, fusion):
+    for message in ranks.run(layers.warm_up, fusion):
         assert not message
-
-
-def _set(fusion: Fusion, lora_a: Any, lora_b: Any) -> tuple[str, bool]:
-    """Try to set a slot that an adapter is in; return the error and whether the slot is as it was."""
-    layer = layers.build(Case(fusion, ()))
-    rows = [fusion.rows(module) for module in range(len(fusion.modules))]
-    layer.set_lora(1, [A] * len(rows), [2 * ones(r, RANK) for r in rows])
-    stacks = (*layer.lora_a_stacked, *layer.lora_b_stacked)
-    before = [stack.clone() for stack in stacks]
-    try:
-        layer.set_lora(1, lora_a, lora_b)
-    except ValueError as error:
-        return str(error), all(map(torch.equal, before, stacks))
-    return "", False
-
-
-def _warm_up(fusion: Fusion) -> str:
-    """Set what vLLM's `create_dummy_lora` makes: this rank's rows, all zero."""
-    layer = layers.build(Case(fusion, ()))
-    dummies = [torch.zeros(b.shape[2], RANK) for b in layer.lora_b_stacked]
-    for count in {len(fusion.modules), len(dummies)}:
-        try:
-            layer.set_lora(0, [A] * count, dummies[:count])
-        except ValueError as error:
-            return str(error)
-    return ""

@@ -198,3 +198,36 @@ def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Resu
 
 def _bias(fusion: Fusion) -> torch.Tensor:
     return torch.arange(sum(fusion.sizes), dtype=torch.float32) / 8
+
+
+def layer_class(case: Case) -> str:
+    """Return the class that the layer has once vLLM has wrapped it for LoRA, or has not."""
+    return type(build(case)).__name__
+
+
+def try_set(fusion: Fusion, lora_a: Any, lora_b: Any) -> tuple[str, bool]:
+    """Set a slot that an adapter is in; return the error and whether the slot is as it was."""
+    layer = build(Case(fusion, ()))
+    rows = [fusion.rows(module) for module in range(len(fusion.modules))]
+    rank = 4
+    lora_a_before = [torch.ones(rank, INPUT_SIZE)] * len(rows)
+    layer.set_lora(1, lora_a_before, [torch.full((r, rank), 2.0) for r in rows])
+    stacks = (*layer.lora_a_stacked, *layer.lora_b_stacked)
+    before = [stack.clone() for stack in stacks]
+    try:
+        layer.set_lora(1, lora_a, lora_b)
+    except ValueError as error:
+        return str(error), all(map(torch.equal, before, stacks))
+    return "", False
+
+
+def warm_up(fusion: Fusion) -> str:
+    """Set what vLLM's `create_dummy_lora` makes, this rank's rows, all zero; return the error."""
+    layer = build(Case(fusion, ()))
+    dummies = [torch.zeros(b.shape[2], 4) for b in layer.lora_b_stacked]
+    for count in {len(fusion.modules), len(dummies)}:
+        try:
+            layer.set_lora(0, [torch.ones(4, INPUT_SIZE)] * count, dummies[:count])
+        except ValueError as error:
+            return str(error)
+    return ""
