@@ -103,7 +103,7 @@ def test_unload_and_load_again(server: Server, checkpoint: Checkpoint) -> None:
 
 
 def test_the_plugin_says_that_it_is_on(server: Server) -> None:
-    lines = [line for line in server.log.read_text().splitlines() if "vllm-nway-lora" in line]
+    lines = [line for line in server.log.read_text().splitlines() if "] vllm-nway-lora " in line]
     assert lines
     assert all("is on for vLLM" in line and " INFO " in line for line in lines)
     workers = {line.partition(")")[0] for line in lines}
@@ -119,4 +119,4 @@ def test_stock_vllm_refuses_z_alone(checkpoint: Checkpoint, tmp_path: Path) -> N
             stock.load(name, checkpoint.adapters[name])
             comparison = checkpoint.reference.compare(name, stock.complete(name, prompts(1)[0]))
             assert comparison.exact, (name, comparison)
-        assert "vllm-nway-lora" not in stock.log.read_text()
+        assert "] vllm-nway-lora " not in stock.log.read_text()
