@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every touch on vLLM: named patches, applied when their module is imported, and undone."""
+"""Every touch on vLLM: named patches, applied in groups on import, and undone."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -20,19 +21,60 @@ logger = logging.getLogger("vllm.nway_lora")
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute of one vLLM module that this package replaces.
+    """One attribute of vLLM that this package replaces.
 
     Attributes:
         name: what the patch is called in messages.
-        module: the module whose import applies it.
-        attribute: the attribute of that module.
+        module: the module that has the attribute.
+        attribute: its path in there (``function`` or ``Class.method``).
         replacement: from what vLLM has there to what goes there instead.
+        parameters: names that a function there must take, beside any others.
     """
 
     name: str
     module: str
     attribute: str
     replacement: Callable[[Any], Any]
+    parameters: tuple[str, ...] = ()
+
+    def find(self) -> tuple[Any, str]:
+        """Return the object that holds the attribute, and the attribute's own name.
+
+        Raises:
+            Missing: the attribute is not there, or does not take the parameters.
+        """
+        owner: Any = sys.modules.get(self.module)
+        path, _, name = self.attribute.rpartition(".")
+        for step in filter(None, path.split(".")):
+            owner = getattr(owner, step, None)
+        found = getattr(owner, name, None)
+        if found is None:
+            raise Missing(f"{self.module}.{self.attribute} ({self.name})")
+        if self.parameters:
+            lacking = set(self.parameters) - set(inspect.signature(found).parameters)
+            if lacking:
+                raise Missing(
+                    f"the parameter {', '.join(sorted(lacking))} of "
+                    f"{self.module}.{self.attribute} ({self.name})"
+                )
+        return owner, name
+
+
+class Missing(LookupError):
+    """Something of vLLM that a patch needs is not there; the message names it."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Patches that are applied together, or none of them.
+
+    Attributes:
+        anchor: the module whose import applies the group. It imports those of the patches, so that
+            every target can be looked at before the first is replaced.
+    """
+
+    anchor: str
+    patches: tuple[Patch, ...]
 
 
 def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
@@ -43,11 +85,15 @@ def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
     return (NWayLinearWithLoRA, *lora_classes)
 
 
-PATCHES = (
-    Patch("lora-layer-class", "vllm.lora.utils", "_all_lora_classes", _with_our_layer_first),
+GROUPS = (
+    Group(
+        "vllm.lora.worker_manager",
+        (Patch("lora-layer-class", "vllm.lora.utils", "_all_lora_classes", _with_our_layer_first),),
+    ),
 )
 
-_originals: dict[Patch, Any] = {}
+#: (owner, attribute's name) -> what vLLM had there, per patch that is in place.
+_originals: dict[Patch, tuple[Any, str, Any]] = {}
 _active = False
 _hooked = False
 
@@ -62,19 +108,20 @@ def register() -> None:
     if not _hooked:
         # wrapt has no way to take a hook back, so there is one for good and `_active` guards it.
         _hooked = True
-        for module in {patch.module for patch in PATCHES}:
-            wrapt.register_post_import_hook(_apply_to, module)
+        for group in GROUPS:
+            wrapt.register_post_import_hook(_on_import, group.anchor)
     else:
-        for module in {patch.module for patch in PATCHES} & sys.modules.keys():
-            _apply_to(sys.modules[module])
+        for group in GROUPS:
+            if group.anchor in sys.modules:
+                _apply(group)
 
 
 def unregister() -> None:
     """See :func:`vllm_nway_lora.unregister`."""
     global _active
     _active = False
-    for patch, original in _originals.items():
-        setattr(sys.modules[patch.module], patch.attribute, original)
+    for owner, name, original in _originals.values():
+        setattr(owner, name, original)
     _originals.clear()
 
 
@@ -83,28 +130,37 @@ def applied() -> tuple[Patch, ...]:
     return tuple(_originals)
 
 
-def _apply_to(module: ModuleType) -> None:
-    """Apply all patches of a module that was just imported, or none of them."""
-    if not _active:
+def _on_import(module: ModuleType) -> None:
+    if _active:
+        for group in GROUPS:
+            if group.anchor == module.__name__:
+                _apply(group)
+
+
+def _apply(group: Group) -> None:
+    """Apply every patch of a group whose modules are imported, or none of them."""
+    if any(patch in _originals for patch in group.patches):
         return
-    wanted = [patch for patch in PATCHES if patch.module == module.__name__]
-    wanted = [patch for patch in wanted if patch not in _originals]
     version = importlib.import_module("vllm").__version__
-    missing = [patch for patch in wanted if not hasattr(module, patch.attribute)]
     support = releases.support(version)
     if support is releases.Support.TOO_OLD:
         _stand_aside(f"vLLM {version} is older than {releases.FIRST}, the first that it serves")
         return
+    targets, missing = {}, []
+    for patch in group.patches:
+        try:
+            targets[patch] = patch.find()
+        except Missing as error:
+            missing.append(str(error))
     if missing:
-        names = ", ".join(f"{patch.module}.{patch.attribute} ({patch.name})" for patch in missing)
-        _stand_aside(f"vLLM {version} lacks {names}")
+        _stand_aside(f"vLLM {version} lacks {', '.join(missing)}")
         return
-    originals = {patch: getattr(module, patch.attribute) for patch in wanted}
-    replacements = {patch: patch.replacement(old) for patch, old in originals.items()}
-    for patch, new in replacements.items():
-        setattr(module, patch.attribute, new)
+    originals = {p: (owner, name, getattr(owner, name)) for p, (owner, name) in targets.items()}
+    replacements = {patch: patch.replacement(originals[patch][2]) for patch in originals}
+    for patch, (owner, name, _) in originals.items():
+        setattr(owner, name, replacements[patch])
     _originals.update(originals)
-    if wanted and support is releases.Support.UNTESTED:
+    if support is releases.Support.UNTESTED:
         logger.warning(
             "vllm-nway-lora has not been tested on vLLM %s; all that it needs is there, so it is on. "
             "%s=0 turns it off.",

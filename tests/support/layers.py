@@ -129,7 +129,7 @@ def run(case: Case) -> Result:
 def build(case: Case) -> Any:
     """Build the fused layer, load its weight and let vLLM wrap it for LoRA."""
     from vllm.config.lora import LoRAConfig
-    from vllm.lora import utils
+    from vllm.lora import utils, worker_manager  # noqa: F401  (its import applies the patches)
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
     import vllm_nway_lora

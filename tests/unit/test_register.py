@@ -14,6 +14,8 @@ from support.processes import evaluate, run_python
 import vllm_nway_lora
 from vllm_nway_lora import patches
 
+PATCHES = tuple(patch for group in patches.GROUPS for patch in group.patches)
+
 # Every attribute of every vLLM module that LoRA brings in, by what it is called, not where it lies;
 # what goes into the key of vLLM's compile cache; and what vLLM says of its environment.
 SNAPSHOT = """
@@ -67,11 +69,11 @@ def snapshots() -> dict[str, tuple[dict[str, Any], str | None, str]]:
 
 def test_off_leaves_vllm_as_it_is(snapshots: dict[str, Any]) -> None:
     without, off, on = (snapshots[name][0] for name in ("without", "off", "on"))
-    assert {f"{patch.module}.{patch.attribute}" for patch in patches.PATCHES} <= set(without)
+    assert {f"{patch.module}.{patch.attribute}" for patch in PATCHES} <= set(without)
     assert off == without
     # The same comparison sees each patch of a process that has the plugin on.
     changed = {name for name in without if on.get(name) != without[name]}
-    assert changed == {f"{patch.module}.{patch.attribute}" for patch in patches.PATCHES}
+    assert changed == {f"{patch.module}.{patch.attribute}" for patch in PATCHES}
 
 
 def test_vllm_knows_the_variable(snapshots: dict[str, Any]) -> None:
@@ -130,6 +132,7 @@ def test_a_value_that_is_none_is_an_error_that_lists_them(value: str) -> None:
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """vLLM's module with the table of LoRA classes, in this process, without the plugin."""
     import vllm.lora.utils
+    import vllm.lora.worker_manager
 
     vllm_nway_lora.unregister()
     monkeypatch.delenv("VLLM_NWAY_LORA", raising=False)
@@ -157,7 +160,7 @@ def test_the_values(
 ) -> None:
     monkeypatch.setenv("VLLM_NWAY_LORA", value)
     vllm_nway_lora.register()
-    assert patches.applied() == (patches.PATCHES if on else ())
+    assert patches.applied() == (PATCHES if on else ())
 
 
 @pytest.mark.parametrize(
