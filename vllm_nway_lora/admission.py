@@ -17,7 +17,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.containment import PREPARED, AdapterError
-from vllm_nway_lora.fit import given_to, problems_of
+from vllm_nway_lora.fit import given_to, pair_problems, problems_of
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -139,11 +139,12 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _refusal(request: Any, problems: Sequence[str]) -> str:
-    more = len(problems) - _SPELLED_OUT
+    said = [problem.rstrip(". ") for problem in problems[:_SPELLED_OUT]]
+    if len(problems) > _SPELLED_OUT:
+        said.append(f"and {len(problems) - _SPELLED_OUT} more")
     return (
         f"LoRA adapter {request.lora_name!r} ({request.lora_path}) is refused on vLLM "
-        f"{vllm.__version__}: {'; '.join(problems[:_SPELLED_OUT])}"
-        f"{f'; and {more} more' if more > 0 else ''}. What was served before still is."
+        f"{vllm.__version__}: {'; '.join(said)}. What was served before still is."
     )
 
 
@@ -180,6 +181,12 @@ def check(manager: Any, adapter: Any) -> Findings:
     if not adapter.loras:
         problems.append("it has no LoRA tensors")
     rest = {m: weights for m, weights in adapter.loras.items() if id(weights) not in taken}
+    # vLLM scales and pins what no layer here takes too, and fails at a missing half.
+    problems += [
+        f"module {module}: {problem}"
+        for module, weights in rest.items()
+        for problem in pair_problems(weights, manager.lora_config.max_lora_rank, is_moe=True)
+    ]
     return Findings(problems, *_whereabouts(manager, adapter, rest))
 
 

@@ -45,12 +45,12 @@ def problems_of(manager: Any, name: str, layer: Any, given: Sequence[tuple[str, 
         f"module {module}: {problem}"
         for module, weights in given
         if weights is not None
-        for problem in _pair_problems(weights, max_rank, is_moe)
+        for problem in pair_problems(weights, max_rank, is_moe)
     ]
     return found or list(_layer_problems(manager, name, layer, given))
 
 
-def _pair_problems(weights: Any, max_rank: int, is_moe: bool) -> Iterator[str]:
+def pair_problems(weights: Any, max_rank: int, is_moe: bool) -> Iterator[str]:
     """Yield what is wrong with one module's A and B, whatever the layer."""
     a, b = weights.lora_a, weights.lora_b
     if a is None or b is None:
@@ -69,10 +69,11 @@ def _pair_problems(weights: Any, max_rank: int, is_moe: bool) -> Iterator[str]:
         yield f"adapter_config.json says rank {weights.rank}, found {shapes}"
     elif weights.rank > max_rank:
         yield f"its rank {weights.rank} is above --max-lora-rank {max_rank}"
-    for half, tensor in (("A", a), ("B", b)):
+    # vLLM multiplies B by the scaling once the adapter is in.
+    for half, tensor, factor in (("A", a, 1.0), ("B", b, weights.scaling)):
         # One pass and no temporary: the extremes of a tensor with a NaN are NaN.
-        if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
-            yield f"LoRA-{half} has NaN or infinity in {tensor.dtype}"
+        if tensor.numel() and not all((x * factor).isfinite() for x in torch.aminmax(tensor)):
+            yield f"LoRA-{half} times its scaling {factor} has NaN or infinity in {tensor.dtype}"
 
 
 def _layer_problems(

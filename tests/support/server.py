@@ -96,8 +96,9 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def load(self, name: str, folder: Path) -> None:
-        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+    def load(self, name: str, folder: Path, *, inplace: bool = False) -> None:
+        body = {"lora_name": name, "lora_path": str(folder), "load_inplace": inplace}
+        self._request("/v1/load_lora_adapter", body)
 
     def unload(self, name: str) -> None:
         self._request("/v1/unload_lora_adapter", {"lora_name": name})
