@@ -49,6 +49,7 @@ def release_environment(release: str | None = None) -> Path:
 
     Raises:
         KeyError: ``ci/matrix.toml`` has no such release.
+        RuntimeError: installing the wheel changed a distribution that was there before.
     """
     matrix = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
     release = release or str(matrix["default"])
@@ -60,14 +61,25 @@ def release_environment(release: str | None = None) -> Path:
     wheels = CACHE / "wheels" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
     run(uv(), "build", "--quiet", "--wheel", "--clear", "--out-dir", wheels)
     [wheel] = wheels.glob("*.whl")
+    before = _distributions(python)
     run(uv(), "pip", "install", "--quiet", "--python", python, "--reinstall-package",
         "vllm-nway-lora", wheel)  # fmt: skip
+    changed = before - _distributions(python)
+    if changed:
+        raise RuntimeError(f"installing the wheel changed {', '.join(sorted(changed))}")
     return python
 
 
 def lint_environment() -> Path:
     """Return the Python of the environment with ruff and mypy."""
     return _environment("lint", LINT_REQUIREMENTS, [])
+
+
+def _distributions(python: Path) -> set[str]:
+    """Return every distribution but ours, as ``name==version``."""
+    command = [str(uv()), "pip", "freeze", "--python", str(python)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {line for line in listed.splitlines() if not line.startswith("vllm-nway-lora")}
 
 
 def _environment(name: str, packages: list[str], pins: list[str]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import NamedTuple
 
 import pytest
 from support import damage
-from support.adapters import Reference, prompts, save_adapter
+from support.adapters import Answer, Reference, prompts, save_adapter
 from support.checkpoints import save_qwen3_5
-from support.server import Server, ServerError
+from support.processes import evaluate, run_python
+from support.server import Server, ServerError, engine_environment
+from support.stress import Soak
+
+from vllm_nway_lora import __version__
 
 MODULES = ("in_proj_qkv", "in_proj_z", "q_proj", "down_proj")
 
@@ -59,8 +64,10 @@ def test_a_refused_adapter_then_a_good_one(server: Server, adapters: Adapters) -
         with pytest.raises(ServerError) as error:
             server.load(what, folder)
         assert words in str(error.value)
-        assert f"LoRA adapter {what!r} ({folder}) is refused on vLLM" in str(error.value)
-        assert "rank" not in str(error.value).partition("is refused")[0]  # all ranks say the same
+        # vLLM's server takes paths out of what it answers; all ranks say the same, so it is said once.
+        assert str(error.value).startswith(
+            f"500: Call to add_lora method failed: LoRA adapter {what!r} (<path>) is refused on vLLM"
+        )
         name = f"a{number}"
         server.load(name, adapters.good["a"])
         assert_exact(server, adapters, "a", name)
@@ -110,6 +117,14 @@ def test_an_evicted_adapter_whose_files_are_gone(
     assert "fails: LoRA adapter 'changed'" in log
 
 
+def test_a_short_soak(server: Server, adapters: Adapters, tmp_path: Path) -> None:
+    """``python3 ci/stress.py soak`` does the same for 500 steps, and looks at memory."""
+    run = Soak(adapters.checkpoint, tmp_path)
+    run.run(server, 20)
+    assert run.counts["wrong"] == 0, run.counts
+    assert min(run.counts["loads"], run.counts["refusals"], run.counts["requests"]) > 2
+
+
 class TestStock:
     """Each defect that the tests above would show; a failure says that upstream mended it."""
 
@@ -130,12 +145,15 @@ class TestStock:
         assert not adapters.reference.compare("a", answer).exact
 
     def test_a_refused_adapter_makes_the_next_good_one_fail(
-        self, stock: Server, adapters: Adapters
+        self, stock: Server, adapters: Adapters, tmp_path: Path
     ) -> None:
-        folder, _ = adapters.bad["drop_a"]
-        with pytest.raises(ServerError, match="NoneType"):
-            stock.load("bad", folder)
-        with pytest.raises(ServerError, match="NoneType"):
+        folder = shutil.copytree(adapters.good["b"], tmp_path / "b")
+        config = folder / "adapter_config.json"
+        config.write_text(config.read_text().replace('"r": 8', '"r": 64'))
+        words = "LoRA rank 64 is greater than max_lora_rank 16"
+        with pytest.raises(ServerError, match=words):
+            stock.load("b", folder)
+        with pytest.raises(ServerError, match=words):  # the other rank's answer of before
             stock.load("a", adapters.good["a"])
 
     def test_an_evicted_adapter_whose_files_are_gone_ends_the_engine(
@@ -148,3 +166,89 @@ class TestStock:
         with pytest.raises((ServerError, OSError)):
             stock.complete("gone", prompts(1)[0])
         assert "EngineCore encountered a fatal error" in stock.log.read_text()
+
+
+OFFLINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+checkpoint, bad, good, prompt = json.loads(sys.argv[1])
+llm = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, enable_lora=True, max_loras=3,
+          max_lora_rank=16, max_model_len=128, max_num_seqs=4)
+said = {}
+try:
+    llm.llm_engine.add_lora(LoRARequest("bad", 1, bad))
+except Exception as error:
+    said["add_lora"] = str(error)
+greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
+for name, number, path in (("bad", 1, bad), ("good", 2, good)):
+    [request] = llm.generate(
+        {"prompt_token_ids": prompt}, greedy, lora_request=LoRARequest(name, number, path)
+    )
+    output = request.outputs[0]
+    said[name] = [
+        output.finish_reason,
+        list(output.token_ids),
+        [step[token].logprob for token, step in zip(output.token_ids, output.logprobs or [])],
+    ]
+print(json.dumps(said))
+"""
+
+
+def test_offline_engines_say_the_same(adapters: Adapters) -> None:
+    folder, words = adapters.bad["cut_rows"]
+    prompt = prompts(1)[0]
+    arguments = [str(adapters.checkpoint), str(folder), str(adapters.good["a"]), prompt]
+    said = evaluate(OFFLINE, json.dumps(arguments), **engine_environment(True, 1))
+    assert words in said["add_lora"]
+    assert f"LoRA adapter 'bad' ({folder}) is refused on vLLM" in said["add_lora"]
+    assert said["bad"] == ["error", [], []]
+    _, tokens, logprobs = said["good"]
+    answer = Answer(prompt + tokens, logprobs, len(prompt))
+    comparison = adapters.reference.compare("a", answer)
+    assert comparison.exact, comparison
+
+
+def test_a_bad_adapter_on_the_command_line(adapters: Adapters, tmp_path: Path) -> None:
+    folder, words = adapters.bad["cut_rows"]
+    arguments = ["--lora-modules", f"bad={folder}"]
+    with (
+        pytest.raises(ServerError) as error,
+        Server(adapters.checkpoint, tmp_path / "log", *arguments, plugin=True),
+    ):
+        pass
+    assert words in str(error.value)
+    assert f"LoRA adapter 'bad' ({folder}) is refused on vLLM" in str(error.value)
+
+
+DIFFERING = """
+import os, sys
+from vllm import LLM
+from vllm.v1.executor.multiproc_executor import WorkerProc
+
+def make_worker_process(*args, _original=WorkerProc.make_worker_process, **kwargs):
+    # A rank on whose node the plugin is not installed, or not let through.
+    os.environ["VLLM_PLUGINS"] = "nway_lora" if kwargs["rank"] == 0 else "no_such_plugin"
+    return _original(*args, **kwargs)
+
+WorkerProc.make_worker_process = make_worker_process
+os.environ["VLLM_PLUGINS"] = "nway_lora"
+LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, enable_lora=True, max_model_len=128,
+    max_num_seqs=4, tensor_parallel_size=2)
+print("started")
+"""
+
+
+def test_a_rank_without_the_plugin_is_named_at_start(adapters: Adapters) -> None:
+    environment = engine_environment(True, 2) | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Else the workers are forked from a process that has the plugin already.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    done = run_python(DIFFERING, str(adapters.checkpoint), **environment)
+    assert "started" not in done.stdout
+    assert done.returncode != 0
+    assert "RankError: vllm-nway-lora differs between the processes of this engine" in done.stderr
+    assert f"rank 0: {__version__} (VLLM_NWAY_LORA=1; patches: " in done.stderr
+    assert "rank 1: not loaded" in done.stderr

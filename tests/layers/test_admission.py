@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from support import model, mutations
-from support.model import PREFIX, RANK, SHAPES
+from support import manager, mutations, tiny
 from support.ranks import Ranks
+from support.tiny import PREFIX, RANK, SHAPES
 
 LAYER = f"{PREFIX}model.layers.0."
 Q, Z, ROUTER = (LAYER + m for m in ("self_attn.q_proj", "linear_attn.in_proj_z", "mlp.router"))
@@ -29,13 +29,13 @@ def pair(module: str, columns: int, rows: int, rank: int = RANK) -> Tensors:
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
 def test_good_adapters_are_admitted(ranks: Ranks, tmp_path: Path, fully_sharded: bool) -> None:
-    ranks.run(model.start, fully_sharded=fully_sharded)
+    ranks.run(manager.start, fully_sharded=fully_sharded)
     subsets = [tuple(SHAPES), *((module,) for module in SHAPES if ".layers.1." not in module)]
     for seed, modules in enumerate(subsets):
-        folder = model.save(tmp_path / "good", model.tensors(seed, modules))
-        assert ranks.run(model.add, "good", seed + 1, folder) == [""] * ranks.size
+        folder = tiny.save(tmp_path / "good", tiny.tensors(seed, modules))
+        assert ranks.run(manager.add, "good", seed + 1, folder) == [""] * ranks.size
         if not fully_sharded:  # where A is sharded, one rank's tensors do not make up its weight
-            assert all(ranks.run(model.is_exact, seed + 1, folder)), modules
+            assert all(ranks.run(manager.is_exact, seed + 1, folder)), modules
 
 
 #: What is added to (or, None, taken from) a good adapter's tensors; its config; words of the error.
@@ -68,12 +68,12 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] =
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_say_what_and_change_nothing(ranks: Ranks, tmp_path: Path, case: str) -> None:
     changes, config, words = REFUSED[case]
-    tensors = {**model.tensors(0), **changes}
+    tensors = {**tiny.tensors(0), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    folder = model.save(tmp_path / "bad", kept, model.config(**config))
-    model.save(tmp_path / "resident", model.tensors(1))
-    ranks.run(model.start)
-    for attempt in ranks.run(model.attempt, folder, tmp_path / "resident"):
+    folder = tiny.save(tmp_path / "bad", kept, tiny.config(**config))
+    tiny.save(tmp_path / "resident", tiny.tensors(1))
+    ranks.run(manager.start)
+    for attempt in ranks.run(manager.attempt, folder, tmp_path / "resident"):
         assert attempt.error.startswith(
             f"AdapterError: LoRA adapter 'mutant' ({folder}) is refused"
         )
@@ -82,9 +82,9 @@ def test_refusals_say_what_and_change_nothing(ranks: Ranks, tmp_path: Path, case
 
 
 def test_an_adapter_without_tensors_is_refused(ranks: Ranks, tmp_path: Path) -> None:
-    ranks.run(model.start)
-    folder = model.save(tmp_path / "empty", {})
-    for error in ranks.run(model.add, "empty", 1, folder):
+    ranks.run(manager.start)
+    folder = tiny.save(tmp_path / "empty", {})
+    for error in ranks.run(manager.add, "empty", 1, folder):
         assert "it has no LoRA tensors" in error
 
 
@@ -94,12 +94,12 @@ def test_settings_that_a_release_ignores_are_refused_or_followed(
     from vllm.lora.peft_helper import PEFTHelper
 
     follows = "alpha_pattern" in PEFTHelper.__dataclass_fields__  # from 0.32.0 on
-    folder = model.save(tmp_path / "a", model.tensors(0), model.config(alpha_pattern={"q_proj": 1}))
-    ranks.run(model.start)
-    for error in ranks.run(model.add, "a", 1, folder):
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0), tiny.config(alpha_pattern={"q_proj": 1}))
+    ranks.run(manager.start)
+    for error in ranks.run(manager.add, "a", 1, folder):
         assert ("adapter_config.json has alpha_pattern={'q_proj': 1}" in error) != follows
     if follows:
-        assert all(ranks.run(model.is_exact, 1, folder))
+        assert all(ranks.run(manager.is_exact, 1, folder))
 
 
 @given(adapter=mutations.adapters())
@@ -111,9 +111,9 @@ def test_mutations_are_exact_or_refused(
     """``python3 ci/mutations.py`` does the same with 10,000 of them."""
     resident = tmp_path / "resident"
     if not resident.exists():
-        model.save(resident, model.tensors(99))
-        ranks.run(model.start)
-    for attempt in ranks.run(model.attempt, adapter.save(tmp_path / "mutant"), resident):
+        tiny.save(resident, tiny.tensors(99))
+        ranks.run(manager.start)
+    for attempt in ranks.run(manager.attempt, adapter.save(tmp_path / "mutant"), resident):
         assert attempt.good, attempt
         assert not attempt.error or attempt.error.startswith("AdapterError: LoRA adapter 'mutant'")
 
@@ -122,34 +122,34 @@ class TestExemptions:
     def test_other_pipeline_ranks_and_skipped_prefixes(self, ranks: Ranks, tmp_path: Path) -> None:
         elsewhere = pair(f"{PREFIX}model.layers.2.mlp.down_proj", 48, 32)
         skipped = pair(f"{PREFIX}mtp.layers.0.mlp.down_proj", 48, 32)
-        folder = model.save(tmp_path / "a", model.tensors(0) | elsewhere | skipped)
-        ranks.run(model.start)
-        assert ranks.run(model.add, "a", 1, folder) == [""] * ranks.size
-        assert all(ranks.run(model.is_exact, 1, folder))
+        folder = tiny.save(tmp_path / "a", tiny.tensors(0) | elsewhere | skipped)
+        ranks.run(manager.start)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+        assert all(ranks.run(manager.is_exact, 1, folder))
 
     def test_target_modules(self, ranks: Ranks, tmp_path: Path) -> None:
         if not has_target_modules():
             pytest.skip("this release has no target_modules")
-        folder = model.save(tmp_path / "a", model.tensors(0))
-        ranks.run(model.start, target_modules=["qkv_proj", "o_proj"])
-        ranks.run(model.warnings)
-        assert ranks.run(model.add, "a", 1, folder) == [""] * ranks.size
-        for [warning] in ranks.run(model.warnings):
+        folder = tiny.save(tmp_path / "a", tiny.tensors(0))
+        ranks.run(manager.start, target_modules=["qkv_proj", "o_proj"])
+        ranks.run(manager.warnings)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+        for [warning] in ranks.run(manager.warnings):
             assert "layers.1.mlp.down_proj: --lora-target-modules does not name" in warning
             assert "q_proj" not in warning
 
     def test_towers_without_lora(self, ranks: Ranks, tmp_path: Path) -> None:
         tower = pair(f"{PREFIX}visual.attn.proj", 32, 32)
-        language = model.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
-        ranks.run(model.start, multimodal=True)
-        ranks.run(model.warnings)
-        folder = model.save(tmp_path / "a", language | tower)
-        assert ranks.run(model.add, "a", 1, folder) == [""] * ranks.size
-        for [warning] in ranks.run(model.warnings):
+        language = tiny.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
+        ranks.run(manager.start, multimodal=True)
+        ranks.run(manager.warnings)
+        folder = tiny.save(tmp_path / "a", language | tower)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+        for [warning] in ranks.run(manager.warnings):
             assert "is served without visual.attn.proj: this server has LoRA on no such" in warning
         nowhere = pair(f"{PREFIX}visual.other.proj", 32, 32)
-        folder = model.save(tmp_path / "b", language | nowhere)
-        for error in ranks.run(model.add, "b", 2, folder):
+        folder = tiny.save(tmp_path / "b", language | nowhere)
+        for error in ranks.run(manager.add, "b", 2, folder):
             assert "module visual.other.proj: this model has no such layer" in error
 
 
@@ -157,13 +157,13 @@ def test_a_fused_layer_that_vllm_does_not_wrap(ranks: Ranks, tmp_path: Path) -> 
     if ranks.size == 1:
         pytest.skip("vLLM wraps the subclass where it is not sharded")
     try:
-        wrapped = ranks.run(model.start, unwrappable=True)
+        wrapped = ranks.run(manager.start, unwrappable=True)
     except RuntimeError as error:
         assert "must be a BaseLayerWithLoRA" in str(error)  # to 0.19.1 the engine does not start
         return
     assert not any("gate_up_proj" in name for name in wrapped[0])
-    folder = model.save(tmp_path / "a", model.tensors(0))
-    for error in ranks.run(model.add, "a", 1, folder):
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0))
+    for error in ranks.run(manager.add, "a", 1, folder):
         assert (
             "module model.layers.0.mlp.gate_proj: vLLM has put no LoRA on its layer "
             "model.layers.0.mlp.gate_up_proj (GateUp) and would ignore it"
@@ -173,28 +173,28 @@ def test_a_fused_layer_that_vllm_does_not_wrap(ranks: Ranks, tmp_path: Path) -> 
 
 def test_lenient_serves_the_rest_and_says_what_it_drops(ranks: Ranks, tmp_path: Path) -> None:
     extra = pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32)
-    folder = model.save(tmp_path / "a", model.tensors(0) | extra)
-    ranks.run(model.start, mode="lenient")
-    ranks.run(model.warnings)
-    assert ranks.run(model.add, "a", 1, folder) == [""] * ranks.size
-    for [warning] in ranks.run(model.warnings):
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0) | extra)
+    ranks.run(manager.start, mode="lenient")
+    ranks.run(manager.warnings)
+    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+    for [warning] in ranks.run(manager.warnings):
         assert (
             "served without part of it, as VLLM_NWAY_LORA=lenient says: module model.layers.7."
             in (warning)
         )
     # What has a layer must still fit it.
-    folder = model.save(tmp_path / "b", model.tensors(0) | {Q + B: ones(31, RANK)})
-    for error in ranks.run(model.add, "b", 2, folder):
+    folder = tiny.save(tmp_path / "b", tiny.tensors(0) | {Q + B: ones(31, RANK)})
+    for error in ranks.run(manager.add, "b", 2, folder):
         assert "expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)" in error
 
 
 def test_a_bad_replacement_leaves_the_old_adapter(ranks: Ranks, tmp_path: Path) -> None:
-    good = model.save(tmp_path / "good", model.tensors(0))
-    bad = model.save(tmp_path / "bad", model.tensors(1) | {Z + B: ones(16, RANK)})
-    ranks.run(model.start)
-    assert ranks.run(model.add, "a", 1, good) == [""] * ranks.size
-    assert all("found 16" in error for error in ranks.run(model.add, "a", 1, bad, True))
-    assert all(ranks.run(model.is_exact, 1, good))
+    good = tiny.save(tmp_path / "good", tiny.tensors(0))
+    bad = tiny.save(tmp_path / "bad", tiny.tensors(1) | {Z + B: ones(16, RANK)})
+    ranks.run(manager.start)
+    assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
+    assert all("found 16" in error for error in ranks.run(manager.add, "a", 1, bad, True))
+    assert all(ranks.run(manager.is_exact, 1, good))
 
 
 #: What vLLM's own classes serve rightly, so that a test looks at one defect.
@@ -206,25 +206,25 @@ class TestStock:
 
     @pytest.mark.parametrize("what", ["too few rows", "a layer that is not there"])
     def test_it_serves_adapters_in_part(self, ranks: Ranks, tmp_path: Path, what: str) -> None:
-        ranks.run(model.start, mode="0")
-        tensors = model.tensors(0, STOCK_MODULES)
+        ranks.run(manager.start, mode="0")
+        tensors = tiny.tensors(0, STOCK_MODULES)
         if what == "too few rows":
             tensors[Q + B] = tensors[Q + B][:31].contiguous()
         else:
             tensors |= pair(f"{PREFIX}model.layers.7.mlp.down_proj", 48, 32)
-        folder = model.save(tmp_path / "a", tensors)
-        assert ranks.run(model.add, "a", 1, folder) == [""] * ranks.size
+        folder = tiny.save(tmp_path / "a", tensors)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
 
     def test_a_bad_replacement_takes_the_old_adapter_away(
         self, ranks: Ranks, tmp_path: Path
     ) -> None:
-        tensors = model.tensors(0, STOCK_MODULES)
-        good = model.save(tmp_path / "good", tensors)
-        bad = model.save(tmp_path / "bad", {n: t for n, t in tensors.items() if n != ROUTER + B})
-        ranks.run(model.start, mode="0")
-        assert ranks.run(model.add, "a", 1, good) == [""] * ranks.size
-        assert all(ranks.run(model.add, "a", 1, bad, True))
-        assert not any(ranks.run(model.has, 1))
+        tensors = tiny.tensors(0, STOCK_MODULES)
+        good = tiny.save(tmp_path / "good", tensors)
+        bad = tiny.save(tmp_path / "bad", {n: t for n, t in tensors.items() if n != ROUTER + B})
+        ranks.run(manager.start, mode="0")
+        assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
+        assert all(ranks.run(manager.add, "a", 1, bad, True))
+        assert not any(ranks.run(manager.has, 1))
 
 
 def has_target_modules() -> bool:

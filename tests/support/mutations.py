@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from support import model
+from support import tiny
 
 Tensors = dict[str, torch.Tensor]
 
@@ -25,7 +25,7 @@ class Adapter:
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
-        self.config = model.config()
+        self.config = tiny.config()
         self.damage: list[Callable[[Path], object]] = []
         self.steps: list[Any] = []
 
@@ -33,7 +33,7 @@ class Adapter:
         return f"Adapter(steps={self.steps}, config={self.config})"
 
     def save(self, folder: Path) -> Path:
-        model.save(folder, self.tensors, self.config)
+        tiny.save(folder, self.tensors, self.config)
         for damage in self.damage:
             damage(folder)
         return folder
@@ -119,7 +119,7 @@ for _function in (
     _change(lambda tensor, random: tensor.new_zeros(())),
     _change(lambda tensor, random: (tensor.float() + random.randrange(3)).contiguous()),
     _rename(lambda name, random: name.replace(".layers.0.", f".layers.{random.randrange(5)}.")),
-    _rename(lambda name, random: name.removeprefix(model.PREFIX)),
+    _rename(lambda name, random: name.removeprefix(tiny.PREFIX)),
     _rename(lambda name, random: name.replace("q_proj", "qkv_proj")),
     _rename(lambda name, random: name.replace("in_proj_z", "in_proj_qkvz")),
     _rename(lambda name, random: name.replace("model.layers", "mtp.layers")),
@@ -160,7 +160,7 @@ def swap(adapter: Adapter, random: Random) -> None:
 def name_twice(adapter: Adapter, random: Random) -> None:
     name = _pick(adapter, random)
     if name:
-        adapter.tensors[name.removeprefix(model.PREFIX)] = adapter.tensors[name] * 2
+        adapter.tensors[name.removeprefix(tiny.PREFIX)] = adapter.tensors[name] * 2
 
 
 @mutation
@@ -170,7 +170,7 @@ def add_tensor(adapter: Adapter, random: Random) -> None:
          "lm_head.base_layer.weight", "model.layers.0.mlp.experts.0.w1.lora_A.weight",
          "model.norm.weight", "score.weight", "x", "model.layers.2.mlp.up_proj.lora_A.weight"]
     )  # fmt: skip
-    adapter.tensors[model.PREFIX + name] = torch.ones(4, 32)
+    adapter.tensors[tiny.PREFIX + name] = torch.ones(4, 32)
 
 
 @mutation
@@ -224,7 +224,7 @@ def damage_a_file(adapter: Adapter, random: Random) -> None:
 @st.composite
 def adapters(draw: st.DrawFn) -> Adapter:
     """Draw a good adapter with one to three mutations."""
-    adapter = Adapter(model.tensors(draw(st.integers(0, 9))))
+    adapter = Adapter(tiny.tensors(draw(st.integers(0, 9))))
     chosen = draw(st.lists(st.sampled_from(MUTATIONS), min_size=1, max_size=3))
     random = draw(st.randoms(use_true_random=False))
     good = {name: (tensor.shape, tensor.dtype) for name, tensor in adapter.tensors.items()}

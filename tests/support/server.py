@@ -106,7 +106,14 @@ class Server:
     def models(self) -> list[str]:
         return [model["id"] for model in json.loads(self._request("/v1/models"))["data"]]
 
-    def complete(self, model: str, prompt: list[int], *, score_prompt: bool = True) -> Answer:
+    def complete(
+        self,
+        model: str,
+        prompt: list[int],
+        *,
+        score_prompt: bool = True,
+        new_tokens: int = NEW_TOKENS,
+    ) -> Answer:
         """Complete ``prompt`` greedily; return all tokens and their logprobs.
 
         Without ``score_prompt`` only of the new ones: with LoRA on CPU, vLLM 0.32.0 cannot score
@@ -115,7 +122,7 @@ class Server:
         body = {
             "model": model,
             "prompt": prompt,
-            "max_tokens": NEW_TOKENS,
+            "max_tokens": new_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "logprobs": 1,
@@ -130,6 +137,19 @@ class Server:
         ]
         logprobs = prompt_logprobs + choice["logprobs"]["token_logprobs"]
         return Answer(prompt + generated, logprobs, len(prompt))
+
+    def memory(self) -> dict[str, int]:
+        """Return the resident bytes of the server and each process that it started, by title."""
+        import psutil
+
+        process = psutil.Process(self._process.pid)
+        found = {}
+        for child in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(child.cmdline())[:40] or child.name()
+                title = title if title.startswith("VLLM::") else child.name()
+                found[f"{title} ({child.pid})"] = child.memory_info().rss
+        return found
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> str:
         request = urllib.request.Request(

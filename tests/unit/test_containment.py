@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.processes import evaluate
 
 import vllm_nway_lora
 from vllm_nway_lora import containment
@@ -207,6 +208,16 @@ class TestAgreement:
 
     def test_all_ranks_alike_but_not_as_the_engine(self) -> None:
         assert "rank 0: not loaded; rank 1: not loaded" in containment.compare_ranks([None, None])
+
+    def test_the_question_can_be_asked_where_the_package_is_not_installed(self) -> None:
+        cloudpickle = pytest.importorskip("cloudpickle")  # vLLM's own way to its workers
+        code = """
+            import json, pickle, sys
+            sys.modules["vllm_nway_lora"] = None  # an import of it fails
+            print(json.dumps(pickle.loads(bytes.fromhex(sys.argv[1]))("a worker")))
+        """
+        question = cloudpickle.dumps(containment._reporter()).hex()
+        assert evaluate(code, question) is None
 
     def test_start(self) -> None:
         executor = Executor(Worker())
