@@ -218,9 +218,10 @@ def _whereabouts(
         elif manager.supports_mm and manager._get_punica_wrapper(here) is None:
             left_out.setdefault("this server has LoRA on no such part", []).append(module)
         else:
+            modules = [path.rpartition(".")[2] for path in manager.packed_modules.get(here, ())]
             homeless.append(
-                f"module {module}: vLLM has put no LoRA on its layer {here} "
-                f"({type(layers[here]).__name__}) and would ignore it"
+                f"module {module}: vLLM would ignore it, since its layer {here} "
+                f"({type(layers[here]).__name__}) takes {', '.join(modules) or 'no LoRA'}"
             )
     return homeless, left_out
 

@@ -217,7 +217,7 @@ def register() -> None:
             wrapt.register_post_import_hook(_on_import, group.anchor)
     else:
         for group in GROUPS:
-            if group.anchor in sys.modules:
+            if _active and group.anchor in sys.modules:
                 _apply(group)
 
 
@@ -236,10 +236,9 @@ def applied() -> tuple[Patch, ...]:
 
 
 def _on_import(module: ModuleType) -> None:
-    if _active:
-        for group in GROUPS:
-            if group.anchor == module.__name__:
-                _apply(group)
+    for group in GROUPS:
+        if _active and group.anchor == module.__name__:
+            _apply(group)
 
 
 def _apply(group: Group) -> None:
@@ -268,9 +267,9 @@ def _apply(group: Group) -> None:
     replacements = {patch: patch.replacement(originals[patch][2]) for patch in originals}
     for patch, (owner, name, _) in originals.items():
         setattr(owner, name, replacements[patch])
-    first = not _originals
     _originals.update(originals)
-    if support is releases.Support.UNTESTED and first:
+    # Once per process that builds LoRA layers.
+    if support is releases.Support.UNTESTED and group is GROUPS[0]:
         logger.warning(
             "vllm-nway-lora has not been tested on vLLM %s; all that it needs is there, so it is on. "
             "%s=0 turns it off.",
@@ -280,6 +279,8 @@ def _apply(group: Group) -> None:
 
 
 def _stand_aside(reason: str) -> None:
+    """Undo what this process has, so that it has the whole of this package or nothing."""
+    unregister()
     if settings.read_mode() is settings.Mode.STRICT:
         raise RuntimeError(f"{settings.VARIABLE}=strict: vllm-nway-lora cannot be on: {reason}.")
     logger.warning("vllm-nway-lora stands aside and leaves vLLM as it is: %s.", reason)

@@ -135,7 +135,9 @@ class TestExemptions:
         ranks.run(manager.warnings)
         assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
         for [warning] in ranks.run(manager.warnings):
-            assert "layers.1.mlp.down_proj: --lora-target-modules does not name" in warning
+            assert "is served without" in warning
+            assert "model.layers.1.mlp.down_proj, " in warning
+            assert "--lora-target-modules does not name them" in warning
             assert "q_proj" not in warning
 
     def test_towers_without_lora(self, ranks: Ranks, tmp_path: Path) -> None:
@@ -165,8 +167,8 @@ def test_a_fused_layer_that_vllm_does_not_wrap(ranks: Ranks, tmp_path: Path) -> 
     folder = tiny.save(tmp_path / "a", tiny.tensors(0))
     for error in ranks.run(manager.add, "a", 1, folder):
         assert (
-            "module model.layers.0.mlp.gate_proj: vLLM has put no LoRA on its layer "
-            "model.layers.0.mlp.gate_up_proj (GateUp) and would ignore it"
+            "module model.layers.0.mlp.gate_proj: vLLM would ignore it, since its layer "
+            "model.layers.0.mlp.gate_up_proj (GateUp) takes no LoRA"
         ) in error
         assert "VLLM_NWAY_LORA=lenient serves adapters without" in error
 

@@ -141,8 +141,11 @@ def test_a_value_that_is_none_is_an_error_that_lists_them(value: str) -> None:
 @pytest.fixture
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """vLLM's module with the table of LoRA classes, in this process, without the plugin."""
+    import vllm.entrypoints.openai.models.serving
     import vllm.lora.utils
     import vllm.lora.worker_manager
+    import vllm.model_executor.layers.mamba.mamba_mixer2
+    import vllm.v1.engine.core
 
     vllm_nway_lora.unregister()
     monkeypatch.delenv("VLLM_NWAY_LORA", raising=False)
@@ -164,7 +167,9 @@ def test_register_and_unregister_any_number_of_times(utils: ModuleType) -> None:
         assert not patches.applied()
 
 
-@pytest.mark.parametrize(("value", "on"), [("", True), ("1", True), ("strict", True), ("0", False)])
+@pytest.mark.parametrize(
+    ("value", "on"), [("", True), ("1", True), ("strict", True), ("lenient", True), ("0", False)]
+)
 def test_the_values(
     utils: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, on: bool
 ) -> None:
