@@ -85,6 +85,16 @@ def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
     return (NWayLinearWithLoRA, *lora_classes)
 
 
+def _wrapped(module: str, function: str) -> Callable[[Any], Any]:
+    """Return what wraps an attribute in a function of this package, imported when applied."""
+
+    def wrap(original: Any) -> Any:
+        wrapper = getattr(importlib.import_module(f"vllm_nway_lora.{module}"), function)
+        return wrapt.FunctionWrapper(original, wrapper)
+
+    return wrap
+
+
 def _with_completed_mapping(function: Any) -> Any:
     from vllm_nway_lora.mappings import process_packed_modules_mapping
 
@@ -104,6 +114,7 @@ def _with_loader_remembered(init: Any) -> Any:
 _MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
 
 GROUPS = (
+    # In the workers: exact layers, and nothing but whole adapters on them.
     Group(
         "vllm.lora.worker_manager",
         (
@@ -116,6 +127,67 @@ GROUPS = (
                 "process_packed_modules_mapping",
                 _with_completed_mapping,
                 parameters=("model",),
+            ),
+            Patch(
+                "admission",
+                "vllm.lora.worker_manager",
+                "WorkerLoRAManager._load_adapter",
+                _wrapped("admission", "load_adapter"),
+                ("lora_request",),
+            ),
+            Patch(
+                "adapter-tensors",
+                "vllm.lora.lora_model",
+                "LoRAModel.from_lora_tensors",
+                _wrapped("admission", "read_tensors"),
+                ("tensors", "peft_helper", "weights_mapper"),
+            ),
+            Patch(
+                "adapter-config",
+                "vllm.lora.peft_helper",
+                "PEFTHelper.from_dict",
+                _wrapped("admission", "read_config"),
+                ("config_dict",),
+            ),
+        ),
+    ),
+    # In the engine core: all ranks or none, and an adapter's failure is not the engine's.
+    Group(
+        "vllm.v1.engine.core",
+        (
+            Patch(
+                "all-ranks-or-none",
+                "vllm.v1.executor.abstract",
+                "Executor.add_lora",
+                _wrapped("containment", "add_lora"),
+                ("lora_request",),
+            ),
+            Patch(
+                "request-alone-fails",
+                "vllm.v1.engine.core",
+                "EngineCore.add_request",
+                _wrapped("containment", "add_request"),
+                ("request",),
+            ),
+            Patch(
+                "same-plugin-on-all-ranks",
+                "vllm.v1.engine.core",
+                "EngineCore.__init__",
+                _wrapped("containment", "start_engine"),
+                ("vllm_config", "executor_class"),
+            ),
+        ),
+    ),
+    # In the API server.
+    Group(
+        "vllm.entrypoints.openai.models.serving",
+        (
+            Patch(
+                "load-inplace-once",
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.load_lora_adapter",
+                _wrapped("containment", "reset_load_inplace"),
+                ("request",),
             ),
         ),
     ),
@@ -145,7 +217,7 @@ def register() -> None:
             wrapt.register_post_import_hook(_on_import, group.anchor)
     else:
         for group in GROUPS:
-            if group.anchor in sys.modules:
+            if _active and group.anchor in sys.modules:
                 _apply(group)
 
 
@@ -164,10 +236,9 @@ def applied() -> tuple[Patch, ...]:
 
 
 def _on_import(module: ModuleType) -> None:
-    if _active:
-        for group in GROUPS:
-            if group.anchor == module.__name__:
-                _apply(group)
+    for group in GROUPS:
+        if _active and group.anchor == module.__name__:
+            _apply(group)
 
 
 def _apply(group: Group) -> None:
@@ -188,12 +259,17 @@ def _apply(group: Group) -> None:
     if missing:
         _stand_aside(f"vLLM {version} lacks {', '.join(missing)}")
         return
-    originals = {p: (owner, name, getattr(owner, name)) for p, (owner, name) in targets.items()}
+    # Not `getattr`, which binds class methods.
+    originals = {
+        p: (owner, name, inspect.getattr_static(owner, name))
+        for p, (owner, name) in targets.items()
+    }
     replacements = {patch: patch.replacement(originals[patch][2]) for patch in originals}
     for patch, (owner, name, _) in originals.items():
         setattr(owner, name, replacements[patch])
     _originals.update(originals)
-    if support is releases.Support.UNTESTED:
+    # Once per process that builds LoRA layers.
+    if support is releases.Support.UNTESTED and group is GROUPS[0]:
         logger.warning(
             "vllm-nway-lora has not been tested on vLLM %s; all that it needs is there, so it is on. "
             "%s=0 turns it off.",
@@ -203,6 +279,8 @@ def _apply(group: Group) -> None:
 
 
 def _stand_aside(reason: str) -> None:
+    """Undo what this process has, so that it has the whole of this package or nothing."""
+    unregister()
     if settings.read_mode() is settings.Mode.STRICT:
         raise RuntimeError(f"{settings.VARIABLE}=strict: vllm-nway-lora cannot be on: {reason}.")
     logger.warning("vllm-nway-lora stands aside and leaves vLLM as it is: %s.", reason)
