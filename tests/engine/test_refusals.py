@@ -176,7 +176,7 @@ from vllm.lora.request import LoRARequest
 
 checkpoint, bad, good, prompt, answers = json.loads(sys.argv[1])
 llm = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, enable_lora=True, max_loras=3,
-          max_lora_rank=16, max_model_len=128, max_num_seqs=4)
+          max_lora_rank=16, max_model_len=128, max_num_seqs=4, pipeline_parallel_size=2)
 said = {}
 try:
     llm.llm_engine.add_lora(LoRARequest("bad", 1, bad))
@@ -197,16 +197,18 @@ Path(answers).write_text(json.dumps(said))
 """
 
 
-def test_offline_engines_say_the_same(adapters: Adapters, tmp_path: Path) -> None:
+def test_offline_engines_and_pipeline_ranks(adapters: Adapters, tmp_path: Path) -> None:
+    """The first pipeline rank has no fault to find: the last rank has the layer."""
     folder, words = adapters.bad["cut_rows"]
     prompt, answers = prompts(1)[0], tmp_path / "answers"
     paths = map(str, (adapters.checkpoint, folder, adapters.good["a"]))
     arguments = json.dumps([*paths, prompt, str(answers)])
-    done = run_python(OFFLINE, arguments, **engine_environment(True, 1))
+    done = run_python(OFFLINE, arguments, **engine_environment(True, 2))
     assert done.returncode == 0, done.stderr
     said = json.loads(answers.read_text())
     assert words in said["add_lora"]
-    assert f"LoRA adapter 'bad' ({folder}) is refused on vLLM" in said["add_lora"]
+    ranks = "On rank 0 of 2: no error. On rank 1 of 2: "
+    assert f"{ranks}LoRA adapter 'bad' ({folder}) is refused on vLLM" in said["add_lora"]
     assert said["bad"] == ["error", [], []]
     _, tokens, logprobs = said["good"]
     answer = Answer(prompt + tokens, logprobs, len(prompt))
