@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,10 +27,23 @@ QWEN3_5 = {
     "all": GDN + ATTENTION + MLP,
 }
 
+#: Adapters on Qwen3-Next, whose two projections are fused in the checkpoint already.
+QWEN3_NEXT = {
+    "qkvz": ("in_proj_qkvz",),
+    "ba": ("in_proj_ba",),
+    "all": ("in_proj_qkvz", "in_proj_ba", "out_proj", *ATTENTION, *MLP),
+}
+
+#: Adapters on the hybrids whose fused projection is one module; alone, so that it alone is at fault.
+GRANITE_HYBRID = {"in_proj": ("in_proj",)}
+LFM2 = {"in_proj": ("in_proj",)}
+
 
 def _model(checkpoint: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
 
@@ -47,6 +60,25 @@ def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: i
             parameter.data = values.bfloat16().float()
     model.save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is tested with: a checkpoint, adapters on it, and PEFT's answers."""
+
+    folder: Path
+    adapters: dict[str, Path]
+    reference: Reference
+
+
+def make(root: Path, save: Callable[[Path], Path], adapters: Mapping[str, Sequence[str]]) -> Served:
+    """Save a checkpoint below ``root`` and random adapters on the modules that each one names."""
+    folder = save(root / "model")
+    saved = {
+        name: save_adapter(folder, root / name, modules, seed)
+        for seed, (name, modules) in enumerate(adapters.items())
+    }
+    return Served(folder, saved, Reference(folder, saved))
 
 
 class Reference:

@@ -20,6 +20,7 @@ from typing import Any
 from support.adapters import Answer
 
 NEW_TOKENS = 16
+TESTS = Path(__file__).resolve().parent.parent
 
 
 class ServerError(RuntimeError):
@@ -179,6 +180,8 @@ def engine_environment(plugin: bool, tensor_parallel_size: int) -> dict[str, str
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tensor_parallel_size))
         if tensor_parallel_size > 1
         else "auto",
+        # What tests add to vLLM's processes (see dense_qwen3_next.py) is found as plugins are.
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "support" / "plugin"))),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
