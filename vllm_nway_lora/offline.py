@@ -21,6 +21,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
+from vllm.plugins import load_general_plugins
 
 
 class StandInGroup:
@@ -144,7 +145,8 @@ def _drop_experts(model: nn.Module) -> None:
 
 
 def initialize() -> None:
-    """Give the process the groups of one rank, on a platform that needs no device."""
+    """Give the process the groups of one rank, other plugins' models, and a platform."""
+    load_general_plugins()
     platforms: Any = vllm.platforms
     if not platforms.current_platform.device_type:
         from vllm.platforms.cpu import CpuPlatform
