@@ -144,7 +144,8 @@ def _refusal(request: Any, problems: Sequence[str]) -> str:
         said.append(f"and {len(problems) - _SPELLED_OUT} more")
     return (
         f"LoRA adapter {request.lora_name!r} ({request.lora_path}) is refused on vLLM "
-        f"{vllm.__version__}: {'; '.join(said)}. What was served before still is."
+        f"{vllm.__version__}: {'; '.join(said)}. What was served before still is. Correct the "
+        "adapter, or check that it was made for this model."
     )
 
 

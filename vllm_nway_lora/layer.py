@@ -156,8 +156,10 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             raise LoRATensorError(
                 f"{where}: {len(lora_a)} LoRA-A tensors but {len(lora_b)} LoRA-B tensors"
             )
+        # A number alone (0-D) has no rows.
+        rows = [None if b is None else b.shape[0] if b.ndim else 0 for b in lora_b]
         try:
-            writes = list(self.plan.assign([None if b is None else b.shape[0] for b in lora_b]))
+            writes = list(self.plan.assign(rows))
         except PlanError as error:
             raise LoRATensorError(f"{where}: {error}") from None
         max_rank = self.lora_config.max_lora_rank
@@ -169,7 +171,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
                 raise LoRATensorError(
                     f"{where}: module {module} has LoRA-{given} but no LoRA-{missing}"
                 )
-            rank = a.shape[0]
+            rank = a.shape[0] if a.ndim else 0
             if a.shape != (rank, self.input_size) or b.shape[1:] != (rank,) or rank > max_rank:
                 raise LoRATensorError(
                     f"{where}: module {module}: expected LoRA-A of shape (r, {self.input_size}) and "
@@ -185,7 +187,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         module, from 0.21.0 on one per slice.
         """
         return all(
-            b is not None and b.shape[0] == width and not b.any()
+            b is not None and b.shape[:1] == (width,) and not b.any()
             for b, width in zip(lora_b, self.output_slices, strict=False)
         )
 

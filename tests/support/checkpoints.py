@@ -89,6 +89,27 @@ def save_lfm2(folder: Path) -> Path:
     return _save(Lfm2ForCausalLM, config, folder)
 
 
+def save_llama(folder: Path) -> Path:
+    """Save a Llama of four layers, whose fused projections vLLM's own LoRA classes serve."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return _save(LlamaForCausalLM, config, folder)
+
+
 def _save(model_class: type, config: object, folder: Path) -> Path:
     torch.manual_seed(0)
     model = model_class(config).to(torch.bfloat16)

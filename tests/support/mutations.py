@@ -81,7 +81,7 @@ def _rename(rename: Callable[[str, Random], str]) -> Callable[[Adapter, Random],
 
 
 def _resize(tensor: torch.Tensor, random: Random) -> torch.Tensor:
-    if not tensor.numel():
+    if not tensor.ndim or not tensor.numel():
         return tensor
     dim = random.randrange(tensor.ndim)
     size = tensor.shape[dim]

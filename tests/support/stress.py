@@ -60,9 +60,13 @@ def mutate(count: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
                 counts["refused"] += 1
             else:
                 counts["exact"] += 1
+            if counts["tried"] % 1000 == 0:
+                print(dict(counts), flush=True)
 
-        run()
-    ranks.close()
+        try:
+            run()
+        finally:
+            ranks.close()
     for line in wrong[:5]:
         print(line[:2000])
     return {
