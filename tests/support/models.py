@@ -114,6 +114,22 @@ class RankModel:
 
         self._as_this_rank(wrap)
 
+    def warm_up(self) -> None:
+        """Put a dummy adapter into every slot, as the worker does before it captures graphs."""
+        from vllm.lora.request import LoRARequest
+
+        def warm_up() -> None:
+            manager = self.worker_manager
+            with manager.dummy_lora_cache():
+                requests = [LoRARequest(f"warm-up {n}", n, "-") for n in range(1, MAX_LORAS + 1)]
+                for request in requests:
+                    manager.add_dummy_lora(request, rank=MAX_RANK)
+                for request in requests:
+                    manager._adapter_manager.activate_adapter(request.lora_int_id)
+            manager.remove_all_adapters()
+
+        self._as_this_rank(warm_up)
+
     def add_adapter(self, name: str, adapter_id: int, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import vllm
 from packaging.version import Version
 from safetensors.torch import save_file
 
-from support.families import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
+from support.family import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
 from support.models import MAX_RANK, RankModel, forward_all
 
 TOKENS = 5
@@ -32,8 +33,8 @@ def runs_here(family: Family) -> bool:
     return Version(family.since).release <= release <= last
 
 
-def family_verdicts(family: Family, size: int, fully_sharded: bool) -> dict[str, str]:
-    """Return the verdict on each fused projection, at one tensor-parallel size.
+def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tuple[str, str]]:
+    """Return each fused projection and the verdict on it, at one tensor-parallel size.
 
     Every subset of a projection's modules is tried if it has up to four, else a sample.
     """
@@ -44,31 +45,36 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> dict[str,
         return torch.randint(-3, 4, shape, generator=generator).float()
 
     base: Weights = {}
+    required = {name: torch.zeros(shape) for name, shape in family.required.items()}
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for fused in family.fused:
         for module, rows in fused.modules.items():
             base[module] = integers(rows, fused.columns)
             pairs[module] = integers(MAX_RANK, fused.columns), integers(rows, MAX_RANK)
     inputs = {fused.layer: integers(TOKENS, fused.columns) for fused in family.fused}
-    found: dict[str, list[str]] = {fused.layer: [] for fused in family.fused}
+    found: list[tuple[str, str]] = []
     with _stubbed(family):
         references = [RankModel(family.config, rank, size) for rank in range(size)]
         try:
             ranks = [RankModel(family.config, rank, size, fully_sharded) for rank in range(size)]
             for rank in ranks:
-                rank.load(_checkpoint(base))
+                rank.load(_checkpoint(base) | required)
                 rank.wrap()
-        except Exception as error:
-            return dict.fromkeys(found, f"{FAILS}: {error}")
+                rank.warm_up()
+        except Exception:
+            traceback.print_exc()
+            return [(fused.layer, FAILS) for fused in family.fused]
         for fused in family.fused:
             layer, x = fused.layer, inputs[fused.layer]
-            unadapted = _reference(references, base, layer, x)
+            unadapted = _reference(references, _checkpoint(base) | required, layer, x)
+            verdicts = []
             for subset in subsets(list(fused.modules)):
                 adapter = {module: pairs[module] for module in subset}
                 merged = base | {m: base[m] + b @ a for m, (a, b) in adapter.items()}
-                expected = _reference(references, merged, layer, x)
-                found[layer].append(_verdict(ranks, adapter, layer, x, expected, unadapted))
-    return {layer: min(verdicts, key=WORST_FIRST.index) for layer, verdicts in found.items()}
+                expected = _reference(references, _checkpoint(merged) | required, layer, x)
+                verdicts.append(_verdict(ranks, adapter, layer, x, expected, unadapted))
+            found.append((layer, min(verdicts, key=WORST_FIRST.index)))
+    return found
 
 
 def subsets(modules: list[str]) -> list[tuple[str, ...]]:
@@ -93,7 +99,8 @@ def _verdict(
             for rank in ranks:
                 rank.add_adapter("adapter", 1, Path(folder))
                 rank.select(1, TOKENS)
-        except Exception:
+        except Exception as error:
+            print(f"{layer}: {error}")
             return REFUSED
         else:
             outputs = forward_all(ranks, layer, x)
@@ -106,12 +113,12 @@ def _verdict(
 
 
 def _reference(
-    references: list[RankModel], weights: Weights, layer: str, x: torch.Tensor
+    references: list[RankModel], checkpoint: Weights, layer: str, x: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return what each rank's base layer computes from a checkpoint with these weights."""
+    """Return what each rank's base layer computes from a checkpoint."""
     outputs = []
     for rank in references:
-        rank.load(_checkpoint(weights))
+        rank.load(checkpoint)
         outputs.append(torch.nn.functional.linear(x, rank.model.get_submodule(layer).weight))
     return outputs
 
