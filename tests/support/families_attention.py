@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from support.family import COMMON, GDN, GDN_LAYER, HIDDEN, REFUSED, UNWRAPPED, Family, Fused
+from support.family import (
+    ALWAYS_EXACT,
+    EXACT,
+    FAILS,
+    IGNORED,
+    COMMON,
+    GDN,
+    GDN_LAYER,
+    HIDDEN,
+    LAYER,
+    REFUSED,
+    UNWRAPPED,
+    Family,
+    Fused,
+)
 
 _ALICE = "vllm.model_executor.models.alice_ai"
 
+_QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
 _GLM = "model.language_model.layers"
 
 ATTENTION_FAMILIES = (
@@ -30,7 +45,8 @@ ATTENTION_FAMILIES = (
                     f"{GDN_LAYER}.b_proj": 8,
                     f"{GDN_LAYER}.f_a_proj": 16,
                 },
-                UNWRAPPED,
+                # At warm-up, by an entry for `conv1d`. Without it: exact, wrong, ignored, ignored.
+                (FAILS,) * 4,
             ),
         ),
         stubs=(
@@ -105,14 +121,74 @@ ATTENTION_FAMILIES = (
             ),
             Fused(
                 "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
-                {
-                    f"{_GLM}.1.self_attn.indexer.wk": 128,
-                    f"{_GLM}.1.self_attn.indexer.weights_proj": 4,
-                },
+                {f"{_GLM}.1.self_attn.indexer.wk": 128},
                 (REFUSED,) * 4,
+            ),
+            # Served past the layer: the indexer keeps a float32 copy of these rows.
+            Fused(
+                "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
+                {f"{_GLM}.1.self_attn.indexer.weights_proj": 4},
+                (REFUSED,) * 4,
+                plugin=REFUSED,
             ),
         ),
         stubs=("vllm.model_executor.layers.mla.MLAAttention",),
         since="0.33.0",
+    ),
+    *(
+        Family(
+            f"Qwen4-Exp, hyper-connections {how}",
+            {
+                **GDN,
+                "model_type": "qwen4_exp_text",
+                "architectures": ["Qwen4ExpForCausalLM"],
+                "layer_types": ["linear_attention", "indexed_attention"],
+                "num_experts": 8,
+                "num_experts_per_tok": 2,
+                "eos_token_id": 1,
+                "output_gate_type": "silu",
+                "hc_count": 4,
+                "hc_lowrank": lowrank,
+                "ple_layer_ids": [1],
+                "ple_embed_dim": 64,
+                "ngram_size": 2,
+                "heads_per_ngram": 1,
+                "ngram_vocab_size_base": 128,
+                "split_ngram_parts": 1,
+            },
+            (
+                Fused(
+                    f"{GDN_LAYER}.in_proj_qkvz",
+                    {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
+                    (REFUSED,) * 4,
+                ),
+                Fused(
+                    f"{LAYER}.attn_hyper_connection.input_mix_weight_down_block_inject",
+                    {
+                        f"{LAYER}.attn_hyper_connection.input_mix_weight_down": lowrank,
+                        f"{LAYER}.attn_hyper_connection.block_inject_weight": 4,
+                    },
+                    (*stock, IGNORED, IGNORED),
+                    columns=4 * HIDDEN,
+                ),
+                Fused(
+                    f"{LAYER}.ple.kv_proj",
+                    {f"{LAYER}.ple.key_proj": 4 * HIDDEN, f"{LAYER}.ple.value_proj": HIDDEN},
+                    ALWAYS_EXACT,
+                ),
+            ),
+            stubs=(
+                "vllm.models.qwen4_exp.nvidia.ple_layer.Qwen4ExpNGramEmbedding",
+                f"{_QWEN4}.Qwen4ExpSparseMoeBlock",
+                f"{_QWEN4}.is_model_fused_shared_expert_compatible",
+                f"{_QWEN4}.Qwen4ExpForCausalLM.set_moe_parameters",
+            ),
+            since="0.33.0",
+        )
+        # Padded to a multiple of 16 rows, as a third output that a phantom module stands for.
+        for how, lowrank, stock in (
+            ("padded", 16, (EXACT, EXACT)),
+            ("without padding", 12, (REFUSED, REFUSED)),
+        )
     ),
 )
