@@ -7,6 +7,7 @@ rank would. What ranks exchange under ``fully_sharded_loras`` is put together fr
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,10 @@ MAX_LORAS = 4
 MAX_RANK = 8
 
 
+# vLLM has no LoRA on Inkling without this.
+os.environ["INKLING_MULTIMEM_AR"] = "0"
+
+
 class StandInGroup:
     """What layers ask of a tensor-parallel group, for one rank that is not really there."""
 
@@ -26,7 +31,7 @@ class StandInGroup:
         self.world_size = size
         self.ranks = list(range(size))
         self.unique_name = f"stand-in:{rank}"
-        self.cpu_group = self.device_group = None
+        self.cpu_group = self.device_group = self.device_communicator = None
         self.sent: list[torch.Tensor] = []
         self.replies: list[torch.Tensor] = []
 
@@ -80,6 +85,7 @@ class RankModel:
                 )
             finally:
                 torch.set_default_dtype(default)
+        self.model.float()  # some layers have a type of their own
         for parameter in self.model.parameters():
             parameter.data.zero_()  # rows that no checkpoint fills are equal on every instance
 
@@ -114,6 +120,22 @@ class RankModel:
 
         self._as_this_rank(wrap)
 
+    def warm_up(self) -> None:
+        """Put a dummy adapter into every slot, as the worker does before it captures graphs."""
+        from vllm.lora.request import LoRARequest
+
+        def warm_up() -> None:
+            manager = self.worker_manager
+            with manager.dummy_lora_cache():
+                requests = [LoRARequest(f"warm-up {n}", n, "-") for n in range(1, MAX_LORAS + 1)]
+                for request in requests:
+                    manager.add_dummy_lora(request, rank=MAX_RANK)
+                for request in requests:
+                    manager._adapter_manager.activate_adapter(request.lora_int_id)
+            manager.remove_all_adapters()
+
+        self._as_this_rank(warm_up)
+
     def add_adapter(self, name: str, adapter_id: int, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
@@ -132,7 +154,12 @@ class RankModel:
 
     def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         output = self._as_this_rank(lambda: self.model.get_submodule(name)(x))
-        return output[0] if isinstance(output, tuple) else output
+        # With the bias, which is None here; or in two parts (Step5's indexer).
+        return (
+            torch.cat([part for part in output if part is not None], -1)
+            if isinstance(output, tuple)
+            else output
+        )
 
 
 def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,98 @@
+"""What a model family is to the tests, and what the tables of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+EXACT, WRONG, IGNORED, REFUSED, FAILS = "exact", "wrong", "ignored", "refused", "fails"
+HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One fused projection of a family.
+
+    Attributes:
+        layer: its path in vLLM's model.
+        modules: adapter-visible module's path in a checkpoint -> rows of its weight.
+        stock: what stock vLLM makes of adapters on it, of 0.29.0 to 0.33.0: at TP 1, at TP > 1, and
+            both again under ``fully_sharded_loras``.
+        plugin: what this package makes of them.
+        columns: width of its input.
+        stored_as: the one module whose weight a checkpoint has in place of theirs, if it has.
+        called: False where the model multiplies by the layer's weight by itself.
+    """
+
+    layer: str
+    modules: Mapping[str, int]
+    stock: tuple[str, str, str, str]
+    plugin: str = EXACT
+    columns: int = HIDDEN
+    stored_as: str = ""
+    called: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class with a tiny configuration.
+
+    Attributes:
+        name: what the README calls it, with the models that share its layers.
+        config: of the checkpoint, ``config.json``.
+        fused: its fused projections.
+        stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
+            layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
+        modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
+        model_class: the class to build, as ``module:class``, where vLLM has another one for CPUs.
+        since: the first release that has it, as vLLM has it now.
+        until: the last release that has it; None if 0.33.0 does.
+        sizes: tensor-parallel sizes that the model can be built for.
+        required: shapes of the weights without which its loader refuses a checkpoint.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    fused: tuple[Fused, ...]
+    stubs: tuple[str | tuple[str, Any], ...] = ()
+    modules: tuple[str, ...] = ()
+    model_class: str = ""
+    since: str = "0.17.0"
+    until: str | None = None
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+    required: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+ALWAYS_EXACT = (EXACT,) * 4
+#: One module over one output, or over unequal ones: cut into two halves at TP > 1.
+HALVES = (EXACT, WRONG, EXACT, WRONG)
+#: Three outputs or more, seen as one module or as three or more: not wrapped when fully sharded.
+UNWRAPPED = (EXACT, EXACT, IGNORED, IGNORED)
+
+COMMON: Mapping[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
+GDN: Mapping[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+VLLM = "vllm.model_executor"
+LAYER = "model.layers.0"
+GDN_LAYER = f"{LAYER}.linear_attn"
