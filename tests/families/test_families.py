@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import vllm
 from packaging.version import Version
-from support.families import FAMILIES, Family
+from support.families import FAMILIES
+from support.family import Family
 from support.verdicts import family_verdicts, runs_here
 
 import vllm_nway_lora

@@ -7,75 +7,27 @@ holds every line of it. Sizes are small, and divide by a tensor-parallel size of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-EXACT, WRONG, IGNORED, REFUSED, FAILS = "exact", "wrong", "ignored", "refused", "fails"
-HIDDEN = 64
+from support.families_mla import MLA_FAMILIES
+from support.family import (
+    ALWAYS_EXACT,
+    COMMON,
+    EXACT,
+    HALVES,
+    HIDDEN,
+    IGNORED,
+    LAYER,
+    REFUSED,
+    UNWRAPPED,
+    VLLM,
+    WRONG,
+    Family,
+    Fused,
+)
 
-
-@dataclass(frozen=True)
-class Fused:
-    """One fused projection of a family.
-
-    Attributes:
-        layer: its path in vLLM's model.
-        modules: adapter-visible module's path in a checkpoint -> rows of its weight.
-        stock: what stock vLLM makes of adapters on it, of 0.29.0 to 0.33.0: at TP 1, at TP > 1, and
-            both again under ``fully_sharded_loras``.
-        plugin: what this package makes of them.
-        columns: width of its input.
-    """
-
-    layer: str
-    modules: Mapping[str, int]
-    stock: tuple[str, str, str, str]
-    plugin: str = EXACT
-    columns: int = HIDDEN
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model class with a tiny configuration.
-
-    Attributes:
-        name: what the README calls it, with the models that share its layers.
-        config: of the checkpoint, ``config.json``.
-        fused: its fused projections.
-        stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
-            layer (LoRA on one needs Triton) or a GPU.
-        since: the first release that has it, as vLLM has it now.
-        sizes: tensor-parallel sizes that the model can be built for.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    fused: tuple[Fused, ...]
-    stubs: tuple[str, ...] = ()
-    since: str = "0.17.0"
-    until: str | None = None
-    sizes: tuple[int, ...] = (1, 2, 4, 8)
-
-
-ALWAYS_EXACT = (EXACT,) * 4
-#: One module over one output, or over unequal ones: cut into two halves at TP > 1.
-HALVES = (EXACT, WRONG, EXACT, WRONG)
-#: Three outputs or more, seen as one module or as three or more: not wrapped when fully sharded.
-UNWRAPPED = (EXACT, EXACT, IGNORED, IGNORED)
-
-_COMMON: Mapping[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 64,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-}
 _GDN: Mapping[str, Any] = {
-    **_COMMON,
+    **COMMON,
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 8,
@@ -86,9 +38,7 @@ _GDN: Mapping[str, Any] = {
     "full_attention_interval": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
 }
-_VLLM = "vllm.model_executor"
-_LAYER = "model.layers.0"
-_GDN_LAYER = f"{_LAYER}.linear_attn"
+_GDN_LAYER = f"{LAYER}.linear_attn"
 
 
 def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
@@ -131,7 +81,7 @@ FAMILIES = (
             Fused(f"{_GDN_LAYER}.in_proj_qkvz", {f"{_GDN_LAYER}.in_proj_qkvz": 768}, HALVES),
             Fused(f"{_GDN_LAYER}.in_proj_ba", {f"{_GDN_LAYER}.in_proj_ba": 32}, HALVES),
         ),
-        stubs=(f"{_VLLM}.models.qwen3_next.Qwen3NextForCausalLM.set_moe_parameters",),
+        stubs=(f"{VLLM}.models.qwen3_next.Qwen3NextForCausalLM.set_moe_parameters",),
         since="0.18.0",
     ),
     Family(
@@ -149,14 +99,14 @@ FAMILIES = (
                 UNWRAPPED,
             ),
         ),
-        stubs=(f"{_VLLM}.layers.mamba.gdn.olmo_gdn_linear_attn.set_triton_allocator",),
+        stubs=(f"{VLLM}.layers.mamba.gdn.olmo_gdn_linear_attn.set_triton_allocator",),
         since="0.18.0",
     ),
     *(
         Family(
             f"Granite 4 hybrid, {n_groups} group{'s' * (n_groups > 1)}",
             {
-                **_COMMON,
+                **COMMON,
                 "model_type": "granitemoehybrid",
                 "architectures": ["GraniteMoeHybridForCausalLM"],
                 "num_hidden_layers": 2,
@@ -177,10 +127,10 @@ FAMILIES = (
                 "position_embedding_type": "rope",
             },
             (
-                _mamba2(f"{_LAYER}.mamba.in_proj", f"{_LAYER}.mamba.in_proj", n_groups),
+                _mamba2(f"{LAYER}.mamba.in_proj", f"{LAYER}.mamba.in_proj", n_groups),
                 Fused(
-                    f"{_LAYER}.shared_mlp.input_linear",
-                    {f"{_LAYER}.shared_mlp.input_linear": 128},
+                    f"{LAYER}.shared_mlp.input_linear",
+                    {f"{LAYER}.shared_mlp.input_linear": 128},
                     ALWAYS_EXACT,
                 ),
             ),
@@ -190,7 +140,7 @@ FAMILIES = (
     Family(
         "Falcon-H1",
         {
-            **_COMMON,
+            **COMMON,
             "model_type": "falcon_h1",
             "architectures": ["FalconH1ForCausalLM"],
             "num_hidden_layers": 1,
@@ -202,12 +152,12 @@ FAMILIES = (
             "mamba_d_conv": 4,
             "mamba_chunk_size": 16,
         },
-        (_mamba2(f"{_LAYER}.mamba.mamba.in_proj", f"{_LAYER}.mamba.in_proj", 1),),
+        (_mamba2(f"{LAYER}.mamba.mamba.in_proj", f"{LAYER}.mamba.in_proj", 1),),
     ),
     Family(
         "Nemotron-H",
         {
-            **_COMMON,
+            **COMMON,
             "model_type": "nemotron_h",
             "architectures": ["NemotronHForCausalLM"],
             "num_hidden_layers": 2,
@@ -220,12 +170,12 @@ FAMILIES = (
             "chunk_size": 16,
             "expand": 2,
         },
-        (_mamba2(f"{_LAYER}.mixer.in_proj", "backbone.layers.0.mixer.in_proj", 8),),
+        (_mamba2(f"{LAYER}.mixer.in_proj", "backbone.layers.0.mixer.in_proj", 8),),
     ),
     Family(
         "Bamba",
         {
-            **_COMMON,
+            **COMMON,
             "model_type": "bamba",
             "architectures": ["BambaForCausalLM"],
             "num_hidden_layers": 2,
@@ -238,13 +188,13 @@ FAMILIES = (
             "mamba_d_conv": 4,
             "mamba_chunk_size": 16,
         },
-        (_mamba2(f"{_LAYER}.mamba.in_proj", f"{_LAYER}.mamba.in_proj", 1),),
+        (_mamba2(f"{LAYER}.mamba.in_proj", f"{LAYER}.mamba.in_proj", 1),),
         until="0.23.0",
     ),
     Family(
         "Jamba",
         {
-            **_COMMON,
+            **COMMON,
             "model_type": "jamba",
             "architectures": ["JambaForCausalLM"],
             "num_hidden_layers": 2,
@@ -258,12 +208,12 @@ FAMILIES = (
             "mamba_expand": 2,
             "mamba_dt_rank": 8,
         },
-        (Fused(f"{_LAYER}.mamba.in_proj", {f"{_LAYER}.mamba.in_proj": 256}, ALWAYS_EXACT),),
+        (Fused(f"{LAYER}.mamba.in_proj", {f"{LAYER}.mamba.in_proj": 256}, ALWAYS_EXACT),),
     ),
     Family(
         "LFM2",
         {
-            **_COMMON,
+            **COMMON,
             "model_type": "lfm2",
             "architectures": ["Lfm2ForCausalLM"],
             "num_hidden_layers": 2,
@@ -273,6 +223,7 @@ FAMILIES = (
             "conv_dim": HIDDEN,
             "conv_L_cache": 3,
         },
-        (Fused(f"{_LAYER}.short_conv.in_proj", {f"{_LAYER}.conv.in_proj": 192}, UNWRAPPED),),
+        (Fused(f"{LAYER}.short_conv.in_proj", {f"{LAYER}.conv.in_proj": 192}, UNWRAPPED),),
     ),
+    *MLA_FAMILIES,
 )

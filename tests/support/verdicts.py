@@ -16,7 +16,7 @@ import vllm
 from packaging.version import Version
 from safetensors.torch import save_file
 
-from support.families import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
+from support.family import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
 from support.models import MAX_RANK, RankModel, forward_all
 
 TOKENS = 5

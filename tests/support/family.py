@@ -1,0 +1,74 @@
+"""What a model family is to the tests, and what the tables of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EXACT, WRONG, IGNORED, REFUSED, FAILS = "exact", "wrong", "ignored", "refused", "fails"
+HIDDEN = 64
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One fused projection of a family.
+
+    Attributes:
+        layer: its path in vLLM's model.
+        modules: adapter-visible module's path in a checkpoint -> rows of its weight.
+        stock: what stock vLLM makes of adapters on it, of 0.29.0 to 0.33.0: at TP 1, at TP > 1, and
+            both again under ``fully_sharded_loras``.
+        plugin: what this package makes of them.
+        columns: width of its input.
+    """
+
+    layer: str
+    modules: Mapping[str, int]
+    stock: tuple[str, str, str, str]
+    plugin: str = EXACT
+    columns: int = HIDDEN
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class with a tiny configuration.
+
+    Attributes:
+        name: what the README calls it, with the models that share its layers.
+        config: of the checkpoint, ``config.json``.
+        fused: its fused projections.
+        stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
+            layer (LoRA on one needs Triton) or a GPU.
+        since: the first release that has it, as vLLM has it now.
+        sizes: tensor-parallel sizes that the model can be built for.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    fused: tuple[Fused, ...]
+    stubs: tuple[str, ...] = ()
+    since: str = "0.17.0"
+    until: str | None = None
+    sizes: tuple[int, ...] = (1, 2, 4, 8)
+
+
+ALWAYS_EXACT = (EXACT,) * 4
+#: One module over one output, or over unequal ones: cut into two halves at TP > 1.
+HALVES = (EXACT, WRONG, EXACT, WRONG)
+#: Three outputs or more, seen as one module or as three or more: not wrapped when fully sharded.
+UNWRAPPED = (EXACT, EXACT, IGNORED, IGNORED)
+
+COMMON: Mapping[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
+VLLM = "vllm.model_executor"
+LAYER = "model.layers.0"
