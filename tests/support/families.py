@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from support.families_mla import MLA_FAMILIES
+from support.families_other import OTHER_FAMILIES
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
     EXACT,
+    GDN,
     HALVES,
     HIDDEN,
     IGNORED,
@@ -26,18 +28,6 @@ from support.family import (
     Fused,
 )
 
-_GDN: Mapping[str, Any] = {
-    **COMMON,
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 8,
-    "linear_num_value_heads": 16,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 2,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-}
 _GDN_LAYER = f"{LAYER}.linear_attn"
 
 
@@ -53,7 +43,7 @@ def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
 FAMILIES = (
     Family(
         "Qwen3.5, Qwen3.6 and all with its gated delta net",
-        {**_GDN, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
+        {**GDN, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
         (
             Fused(
                 f"{_GDN_LAYER}.in_proj_qkvz",
@@ -70,7 +60,7 @@ FAMILIES = (
     Family(
         "Qwen3-Next",
         {
-            **_GDN,
+            **GDN,
             "model_type": "qwen3_next",
             "architectures": ["Qwen3NextForCausalLM"],
             "mlp_only_layers": [0, 1],
@@ -86,7 +76,7 @@ FAMILIES = (
     ),
     Family(
         "OLMo hybrid",
-        {**_GDN, "model_type": "olmo_hybrid", "architectures": ["OlmoHybridForCausalLM"]},
+        {**GDN, "model_type": "olmo_hybrid", "architectures": ["OlmoHybridForCausalLM"]},
         (
             Fused(
                 f"{_GDN_LAYER}.in_proj_qkvg",
@@ -226,4 +216,5 @@ FAMILIES = (
         (Fused(f"{LAYER}.short_conv.in_proj", {f"{LAYER}.conv.in_proj": 192}, UNWRAPPED),),
     ),
     *MLA_FAMILIES,
+    *OTHER_FAMILIES,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 EXACT, WRONG, IGNORED, REFUSED, FAILS = "exact", "wrong", "ignored", "refused", "fails"
@@ -40,6 +40,7 @@ class Family:
         fused: its fused projections.
         stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
             layer (LoRA on one needs Triton) or a GPU.
+        replaced: objects, by their paths, and what stands in for each while the model is built.
         since: the first release that has it, as vLLM has it now.
         sizes: tensor-parallel sizes that the model can be built for.
     """
@@ -48,6 +49,7 @@ class Family:
     config: Mapping[str, Any]
     fused: tuple[Fused, ...]
     stubs: tuple[str, ...] = ()
+    replaced: Mapping[str, Any] = field(default_factory=dict)
     since: str = "0.17.0"
     until: str | None = None
     sizes: tuple[int, ...] = (1, 2, 4, 8)
@@ -69,6 +71,18 @@ COMMON: Mapping[str, Any] = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
+}
+GDN: Mapping[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
 }
 VLLM = "vllm.model_executor"
 LAYER = "model.layers.0"

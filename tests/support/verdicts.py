@@ -142,4 +142,6 @@ def _stubbed(family: Family) -> Iterator[None]:
     with ExitStack() as stack:
         for path in family.stubs:
             stack.enter_context(mock.patch(path, return_value=None))
+        for path, substitute in family.replaced.items():
+            stack.enter_context(mock.patch(path, substitute))
         yield
