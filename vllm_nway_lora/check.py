@@ -191,8 +191,8 @@ def _plan_rank(manager: Any, rows: dict[str, Row]) -> None:
         row = rows.setdefault(name, Row(name, modules, 0))
         if found is not None:
             row.plan.append(found)
-            if found.refusal:
-                row.plugin.worsen(REFUSED, found.refusal)
+            for reason in found.refusals.values():
+                row.plugin.worsen(REFUSED, reason)
 
 
 def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
@@ -204,8 +204,9 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
         modules = list(row.modules)
         if not row.plan or row.plan[0].by_rows:
             continue
-        if row.plan[rank].refusal:
-            row.stock.worsen(IGNORED, row.plan[rank].refusal)
+        for reason in row.plan[rank].refusals.values():
+            row.stock.worsen(IGNORED, reason)
+        if row.plan[rank].refusals:
             continue
         for adapted in [modules, *([module] for module in modules)]:
             given = [

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 import vllm
 from packaging.version import Version
 from support.families import FAMILIES, Family
-from support.verdicts import runs_here, save_adapter
+from support.verdicts import runs_here, save_adapter, stubbed
 
 from vllm_nway_lora import check
 
@@ -23,9 +21,7 @@ STOCK_SINCE = Version("0.29.0")  # what the table says of stock vLLM
 
 @pytest.fixture(params=HERE, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Family:
-    with ExitStack() as stack:
-        for path in request.param.stubs:
-            stack.enter_context(mock.patch(path, return_value=None))
+    with stubbed(request.param):
         (tmp_path / "config.json").write_text(json.dumps(request.param.config))
         yield request.param
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from support.families_attention import ATTENTION_FAMILIES
 from support.families_delta import DELTA_FAMILIES
+from support.families_mla import MLA_FAMILIES
+from support.families_other import OTHER_FAMILIES
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
@@ -213,4 +215,6 @@ FAMILIES = (
     ),
     *ATTENTION_FAMILIES,
     *DELTA_FAMILIES,
+    *MLA_FAMILIES,
+    *OTHER_FAMILIES,
 )

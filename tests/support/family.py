@@ -44,6 +44,7 @@ class Family:
         fused: its fused projections.
         stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
             layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
+        replaced: objects, by their paths, and what stands in for each while the model is built.
         modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
         model_class: the class to build, as ``module:class``, where vLLM has another one for CPUs.
         since: the first release that has it, as vLLM has it now.
@@ -56,6 +57,7 @@ class Family:
     config: Mapping[str, Any]
     fused: tuple[Fused, ...]
     stubs: tuple[str | tuple[str, Any], ...] = ()
+    replaced: Mapping[str, Any] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     model_class: str = ""
     since: str = "0.17.0"

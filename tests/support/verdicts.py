@@ -171,4 +171,6 @@ def stubbed(family: Family) -> Iterator[None]:
             # A class, so that code can still ask whether something is an instance of what it was.
             stub_class = type("Stub", (), {"__new__": lambda cls, *_, answer=answer, **__: answer})
             stack.enter_context(mock.patch(path, stub_class))
+        for path, substitute in family.replaced.items():
+            stack.enter_context(mock.patch(path, substitute))
         yield

@@ -1,0 +1,137 @@
+"""Families with multi-head latent attention: its down-projections, and sparse attention's indexer.
+
+Both are on every rank whole (``disable_tp``). The layers' paths are those that the forward uses: the
+attention wrapper's, not those of its parent, where the same layers can be found too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from support.family import ALWAYS_EXACT, COMMON, LAYER, REFUSED, VLLM, Family, Fused
+
+_ATTENTION = f"{LAYER}.self_attn"
+_MLA: Mapping[str, Any] = {
+    **COMMON,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def _down(
+    attention: str = _ATTENTION,
+    stock: tuple[str, str, str, str] = ALWAYS_EXACT,
+    wrapper: str = ".mla_attn",
+) -> Fused:
+    return Fused(
+        f"{attention}{wrapper}.fused_qkv_a_proj",
+        {f"{attention}.q_a_proj": 24, f"{attention}.kv_a_proj_with_mqa": 48},
+        stock,
+    )
+
+
+def _indexer(stock: tuple[str, str, str, str]) -> Fused:
+    indexer = f"{_ATTENTION}.indexer"
+    return Fused(
+        f"{indexer}.wk_weights_proj",
+        {f"{indexer}.wk": 32, f"{indexer}.weights_proj": 8},
+        stock,
+    )
+
+
+_INDEXER = {"index_topk": 8, "index_n_heads": 8, "index_head_dim": 32}
+#: The attention itself, which LoRA does not see; its CPU kernel has no sparse variant.
+_STUBS = (f"{VLLM}.layers.mla.MLAAttention",)
+
+MLA_FAMILIES = (
+    Family(
+        "DeepSeek-V3, Kimi-K2, Mistral Large 3",
+        {**_MLA, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]},
+        (_down(),),
+        stubs=_STUBS,
+    ),
+    Family(
+        "DeepSeek-V3.2",
+        {
+            **_MLA,
+            **_INDEXER,
+            "model_type": "deepseek_v32",
+            "architectures": ["DeepseekV32ForCausalLM"],
+        },
+        (_down(), _indexer((REFUSED,) * 4)),
+        stubs=_STUBS,
+    ),
+    Family(
+        "GLM-4-MoE-Lite",
+        {**_MLA, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]},
+        (_down(),),
+        stubs=(*_STUBS, f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters"),
+    ),
+    Family(
+        "A.X K1",
+        {**_MLA, "model_type": "axk1", "architectures": ["AXK1ForCausalLM"]},
+        (_down(),),
+        stubs=_STUBS,
+    ),
+    Family(
+        "openPangu Ultra",
+        # transformers has no class for its configuration; DeepSeek's has the same fields. The class
+        # is the dense one of the two, which share all that is tested here (OpenPanguModelBase).
+        {**_MLA, "model_type": "deepseek_v3", "architectures": ["PanguEmbeddedForCausalLM"]},
+        (_down(),),
+        stubs=_STUBS,
+    ),
+    Family(
+        "HY-V4",
+        {
+            **_MLA,
+            **_INDEXER,
+            "model_type": "hy_v4",
+            "architectures": ["HYV4ForCausalLM"],
+            "mlp_layer_types": ["dense"],
+            "layer_types": ["deepseek_sparse_attention"],
+            "indexer_types": ["full"],
+        },
+        (_down(wrapper=""), _indexer(ALWAYS_EXACT)),
+        stubs=tuple(
+            f"vllm.models.hy_v4.nvidia.attention.{name}"
+            for name in (
+                "MLAAttention",
+                "SparseAttnIndexer",
+                "get_attn_backend",
+                "HYV4MLAAttention._resolve_sink_backend",
+            )
+        ),
+    ),
+    Family(
+        "LongCat-Flash",
+        {
+            **_MLA,
+            "model_type": "longcat_flash",
+            "architectures": ["LongcatFlashForCausalLM"],
+            "num_hidden_layers": 2,  # each of its layers counts as two
+            "ffn_hidden_size": 64,
+            "expert_ffn_hidden_size": 32,
+            "moe_topk": 2,
+            "mla_scale_q_lora": False,
+            "mla_scale_kv_lora": False,
+            "zero_expert_num": 0,
+        },
+        tuple(_down(f"{_ATTENTION}.{n}", (REFUSED,) * 4) for n in (0, 1)),
+        stubs=(*_STUBS, f"{VLLM}.models.longcat_flash.LongcatMoe"),
+    ),
+)
