@@ -41,6 +41,29 @@ def save_qwen3_5(folder: Path) -> Path:
     return _save(Qwen3_5ForCausalLM, config, folder)
 
 
+def save_fused_llama(folder: Path) -> Path:
+    """Save the two-layer model of ``fused_llama``, which every release's CPU build can run."""
+    from transformers import LlamaConfig
+
+    from support.fused_llama import FusedLlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return _save(FusedLlamaForCausalLM, config, folder)
+
+
 def _save(model_class: type, config: object, folder: Path) -> Path:
     torch.manual_seed(0)
     model = model_class(config).to(torch.bfloat16)

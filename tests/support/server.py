@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from support.adapters import Answer
+from support.fused_llama import PYTHON_PATH
 
 NEW_TOKENS = 16
 
@@ -158,6 +159,7 @@ def engine_environment(plugin: bool, tensor_parallel_size: int) -> dict[str, str
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tensor_parallel_size))
         if tensor_parallel_size > 1
         else "auto",
+        "PYTHONPATH": os.pathsep.join(map(str, PYTHON_PATH)),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
