@@ -70,20 +70,32 @@ def release_environment(release: str | None = None) -> Path:
     Raises:
         KeyError: ``ci/matrix.toml`` has no such release.
         subprocess.CalledProcessError: it could not be made.
+        RuntimeError: installing the wheel changed a distribution that was there before.
     """
     release = release or str(matrix()["default"])
     row = matrix()["release"][release]
     pins = [f"torch=={row['torch']}", f"torchvision=={matrix()['torchvision'][row['torch']]}"]
     packages = [f"{row['distribution']}=={release}", "torchvision", *TEST_REQUIREMENTS]
     python = _environment(f"vllm-{release}", packages, pins, row.get("python", sys.executable))
+    before = _distributions(python)
     run(uv(), "pip", "install", "--quiet", "--python", python, "--reinstall-package",
         "vllm-nway-lora", wheel())  # fmt: skip
+    changed = before - _distributions(python)
+    if changed:
+        raise RuntimeError(f"installing the wheel changed {', '.join(sorted(changed))}")
     return python
 
 
 def lint_environment() -> Path:
     """Return the Python of the environment with ruff and mypy."""
     return _environment("lint", LINT_REQUIREMENTS, [], sys.executable)
+
+
+def _distributions(python: Path) -> set[str]:
+    """Return every distribution but ours, as ``name==version``."""
+    command = [str(uv()), "pip", "freeze", "--python", str(python)]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {line for line in listed.splitlines() if not line.startswith("vllm-nway-lora")}
 
 
 def _environment(name: str, packages: list[str], pins: list[str], interpreter: str) -> Path:

@@ -1,21 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Known fusions: which outputs of a fused projection each adapter-visible module covers.
+"""Known fusions, by name: what vLLM's classes do not say of them, or say wrongly.
 
-Needed only where a projection has more outputs than modules and more than one module: with as many
-modules as outputs each covers one, and a single module covers them all. Modules are told apart by
-name, because row counts cannot place them (in Qwen3.5, ``v`` and ``z`` are equally wide).
+Data only. A family is added here and in ``tests/support/families.py``. Each entry names its source:
+files are vLLM's, below ``vllm/``, of 0.33.0 where no release is named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-#: fused projection -> {module: indices of the outputs it covers}.
+#: fused projection -> {module: indices of the outputs it covers}. Needed only where a projection
+#: has more outputs than modules and more than one module: with as many modules as outputs each
+#: covers one, and a single module covers them all. Modules are told apart by name, because row
+#: counts cannot place them (in Qwen3.5, ``v`` and ``z`` are equally wide).
 KNOWN: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     # Qwen3.5, Qwen3.5-MoE and the models that share their gated-delta-net layer: outputs q, k, v, z.
-    # Source: the shard ids in vllm/model_executor/models/qwen3_5.py, 0.17.0 (load_weights) to
-    # 0.32.0 (hf_to_vllm_mapper).
+    # Source: the shard ids in model_executor/models/qwen3_5.py, 0.17.0 (load_weights) to 0.32.0
+    # (hf_to_vllm_mapper).
     "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": (3,)},
+}
+
+#: Modules of fused projections that some model classes leave out of ``packed_modules_mapping``.
+MISSING: Mapping[str, tuple[str, ...]] = {
+    # GLM-5-Next's KDA (models/glm5next/common/model.py, load_weights; vllm-project/vllm#56327).
+    "in_proj_qkvbfg_a": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"),
+    # LongCat-Flash and GLM-5-Next (model_executor/models/longcat_flash.py,
+    # models/glm5next/common/attention.py); DeepSeek's own class lists it.
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    # The sparse-attention indexer of DeepSeek-V3.2 and GLM-5-Next (model_executor/models/
+    # deepseek_v2.py, load_weights); HY-V4 lists it.
+    "wk_weights_proj": ("wk", "weights_proj"),
+    # GraniteMoeShared's shared MLP, one module in a checkpoint too (model_executor/models/
+    # granitemoeshared.py); GraniteMoeHybrid lists it.
+    "input_linear": ("input_linear",),
+}
+
+#: Entries of ``packed_modules_mapping`` for layers that take no LoRA: a warm-up that sets one fails
+#: (AliceAI: model_executor/models/alice_ai.py; the convolution reads its weight by itself).
+UNUSABLE: Mapping[str, frozenset[str]] = {
+    "conv1d": frozenset({"q_conv1d", "k_conv1d", "v_conv1d"}),
+}
+
+#: Model class -> parts of module names that it renames only while it loads weights, so that the
+#: names in adapters match no module.
+RENAMES: Mapping[str, Mapping[str, str]] = {
+    # model_executor/models/lfm2_vl.py; the text model renames in lfm2.py, load_weights.
+    "Lfm2VLForConditionalGeneration": {".conv.": ".short_conv."},
+    # model_executor/models/falcon_h1.py to 0.24.0, load_weights; from 0.25.0 on in its mapper.
+    "FalconH1ForCausalLM": {"mamba": "mamba.mamba"},
+}
+
+#: (class of the layer's parent, layer's name) -> why LoRA on it cannot be exact.
+UNSERVABLE: Mapping[tuple[str, str], str] = {
+    # model_executor/layers/mamba/mamba_mixer2.py and others: `conv1d.weight` goes to the kernel.
+    ("MambaMixer2", "conv1d"): "its weight is read past any LoRA layer, by the convolution kernel",
+    # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
+    ("DeepseekCompressor", "fused_wkv_wgate"): (
+        "its weight is read past any LoRA layer, by DeepSeek-V4's attention"
+    ),
 }
 
 

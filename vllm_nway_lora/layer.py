@@ -14,12 +14,11 @@ from torch import nn
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.distributed.utils import divide
 from vllm.lora.layers.column_parallel_linear import ColumnParallelLinearWithLoRA, _mcp_apply
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from vllm_nway_lora import __version__, releases, settings
-from vllm_nway_lora.fusions import outputs_by_module
-from vllm_nway_lora.plan import FusionPlan, PlanError, build_plan, refuse_all
-from vllm_nway_lora.probe import read_outputs
+from vllm_nway_lora.claims import plan_for
+from vllm_nway_lora.plan import FusionPlan, PlanError
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -32,7 +31,7 @@ class LoRATensorError(ValueError):
 
 
 class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
-    """LoRA on a ``MergedColumnParallelLinear`` of N outputs that adapters see as M modules.
+    """LoRA on a column-parallel projection of N outputs that adapters see as M modules.
 
     Has M slices, one per module (N where row counts alone can tell modules apart, see
     :attr:`FusionPlan.by_rows`). Slice ``i`` owns ``lora_a_stacked[i]`` of shape
@@ -45,7 +44,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
     behave alike from 0.17.0 on; the ``Merged...`` classes tie the slices to the outputs.
     """
 
-    def __init__(self, base_layer: MergedColumnParallelLinear) -> None:
+    def __init__(self, base_layer: ColumnParallelLinear) -> None:
         super().__init__(base_layer)
         self.plan: FusionPlan = getattr(base_layer, _PLAN_ATTRIBUTE)
         self.n_slices = len(self.plan.slices)
@@ -60,39 +59,15 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         model_config: Any = None,
         **_: Any,
     ) -> bool:
-        """Return True for a merged layer that vLLM's own classes serve wrongly or at a loss.
+        """Return True for a layer that vLLM's own classes serve wrongly or at a loss.
 
         Raises:
-            PlanError: ``VLLM_NWAY_LORA=strict`` and no plan can hold the way in which the layer's
-                weight loader places its rows. Otherwise every adapter on that layer is refused.
+            PlanError: see :func:`vllm_nway_lora.claims.plan_for`.
         """
         _announce()
-        if not isinstance(source_layer, MergedColumnParallelLinear):
+        plan = plan_for(source_layer, packed_modules_list)
+        if plan is None:
             return False
-        sizes = source_layer.output_sizes
-        # Two equal outputs, seen as two modules or as one, are what vLLM's own classes are made for.
-        if len(sizes) == 2 and (
-            len(packed_modules_list) == 2
-            or (len(packed_modules_list) == 1 and sizes[0] == sizes[1])
-        ):
-            return False
-        if len(sizes) < 3 and not packed_modules_list:
-            return False  # not a LoRA target under any name: vLLM has no class for it either
-        fused = source_layer.prefix.rpartition(".")[2]
-        modules = packed_modules_list or [fused]
-        try:
-            plan = build_plan(
-                fused,
-                modules,
-                outputs_by_module(fused, modules, len(sizes)),
-                read_outputs(source_layer),
-            )
-        except PlanError as error:
-            if settings.read_mode() is settings.Mode.STRICT:
-                raise
-            reason = f"vllm-nway-lora cannot serve LoRA on {source_layer.prefix}: {error}"
-            logger.warning("%s. Adapters on it will be refused.", reason)
-            plan = refuse_all(fused, modules, source_layer.output_size_per_partition, reason)
         setattr(source_layer, _PLAN_ATTRIBUTE, plan)
         return True
 

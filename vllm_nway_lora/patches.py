@@ -85,10 +85,43 @@ def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
     return (NWayLinearWithLoRA, *lora_classes)
 
 
+def _with_completed_mapping(function: Any) -> Any:
+    from vllm_nway_lora.mappings import process_packed_modules_mapping
+
+    return wrapt.FunctionWrapper(function, process_packed_modules_mapping)
+
+
+def _with_loader_remembered(init: Any) -> Any:
+    def __init__(wrapped: Any, mixer: Any, args: Any, kwargs: Any) -> None:
+        from vllm_nway_lora.probe import remember
+
+        wrapped(*args, **kwargs)
+        remember(mixer.in_proj)
+
+    return wrapt.FunctionWrapper(init, __init__)
+
+
+_MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
+
 GROUPS = (
     Group(
         "vllm.lora.worker_manager",
-        (Patch("lora-layer-class", "vllm.lora.utils", "_all_lora_classes", _with_our_layer_first),),
+        (
+            Patch(
+                "lora-layer-class", "vllm.lora.utils", "_all_lora_classes", _with_our_layer_first
+            ),
+            Patch(
+                "packed-modules-mapping",
+                "vllm.lora.model_manager",
+                "process_packed_modules_mapping",
+                _with_completed_mapping,
+                parameters=("model",),
+            ),
+        ),
+    ),
+    # Mamba2 sets a loader on the weight of its `in_proj`, which packing for CPU or quantisation drops.
+    Group(
+        _MAMBA2, (Patch("mamba2-loader", _MAMBA2, "MambaMixer2.__init__", _with_loader_remembered),)
     ),
 )
 

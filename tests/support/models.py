@@ -1,0 +1,158 @@
+"""Real vLLM model classes on CPU, one rank of any tensor-parallel size at a time, no processes.
+
+A rank is simulated by a stand-in for vLLM's tensor-parallel group: layers build and load what that
+rank would. What ranks exchange under ``fully_sharded_loras`` is put together from all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MAX_LORAS = 4
+MAX_RANK = 8
+
+
+class StandInGroup:
+    """What layers ask of a tensor-parallel group, for one rank that is not really there."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank_in_group = self.rank = self.local_rank = rank
+        self.world_size = size
+        self.ranks = list(range(size))
+        self.unique_name = f"stand-in:{rank}"
+        self.cpu_group = self.device_group = None
+        self.sent: list[torch.Tensor] = []
+        self.replies: list[torch.Tensor] = []
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        self.sent.append(x.clone())
+        if self.replies:
+            return self.replies.pop(0)
+        return torch.cat([x] * self.world_size, dim)  # of the right shape, for the first pass
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class RankModel:
+    """One rank's instance of a model class, with an empty LoRA manager around it on demand."""
+
+    def __init__(
+        self, config: Mapping[str, Any], rank: int, size: int, fully_sharded: bool = False
+    ) -> None:
+        from vllm.config import ModelConfig, VllmConfig
+        from vllm.config.lora import LoRAConfig
+        from vllm.model_executor.model_loader.utils import initialize_model
+
+        self.group = StandInGroup(rank, size)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            model_config = ModelConfig(
+                model=folder,
+                tokenizer=folder,
+                skip_tokenizer_init=True,
+                dtype="float32",
+                max_model_len=64,
+                enforce_eager=True,
+                trust_remote_code=False,
+            )
+            lora_config = LoRAConfig(
+                max_lora_rank=MAX_RANK,
+                max_loras=MAX_LORAS,
+                max_cpu_loras=MAX_LORAS,
+                fully_sharded_loras=fully_sharded,
+                lora_dtype=torch.float32,
+            )
+            self.vllm_config = VllmConfig(model_config=model_config, lora_config=lora_config)
+            # The group has the size already; the config would ask for as many devices.
+            self.vllm_config.parallel_config.tensor_parallel_size = size
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            try:
+                self.model = self._as_this_rank(
+                    lambda: initialize_model(vllm_config=self.vllm_config)
+                )
+            finally:
+                torch.set_default_dtype(default)
+        for parameter in self.model.parameters():
+            parameter.data.zero_()  # rows that no checkpoint fills are equal on every instance
+
+    def _as_this_rank(self, function: Callable[[], Any]) -> Any:
+        from vllm.config import set_current_vllm_config
+        from vllm.distributed import parallel_state
+
+        _initialize_single_process()
+        real = parallel_state._TP
+        parallel_state._TP = self.group
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                return function()
+        finally:
+            parallel_state._TP = real
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Load part of a checkpoint, by the names that it has there, with the model's own code."""
+        self._as_this_rank(lambda: self.model.load_weights(iter(weights.items())))
+
+    def wrap(self) -> None:
+        """Do what the worker does after loading: process the weights, build the LoRA layers."""
+        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+        def wrap() -> None:
+            cpu = torch.device("cpu")
+            process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
+            embeddings = getattr(self.model, "embedding_modules", {})
+            self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
+            self.worker_manager.create_lora_manager(self.model, self.vllm_config)
+
+        self._as_this_rank(wrap)
+
+    def add_adapter(self, name: str, adapter_id: int, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(name, adapter_id, str(folder))
+        self._as_this_rank(lambda: self.worker_manager.add_adapter(request))
+
+    def remove_adapter(self, adapter_id: int) -> None:
+        self.worker_manager.remove_adapter(adapter_id)
+
+    def select(self, adapter_id: int, tokens: int) -> None:
+        """Have all of the next ``tokens`` tokens run with an adapter."""
+        from vllm.lora.layers import LoRAMapping
+
+        mapping = LoRAMapping((adapter_id,) * tokens, (adapter_id,), is_prefill=True)
+        self.worker_manager._adapter_manager.set_adapter_mapping(mapping)
+
+    def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        output = self._as_this_rank(lambda: self.model.get_submodule(name)(x))
+        return output[0] if isinstance(output, tuple) else output
+
+
+def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torch.Tensor]:
+    """Run a layer on every rank, each with what all ranks sent in its gathers."""
+    for rank in ranks:
+        rank.group.sent.clear()
+        rank.forward(name, x)
+    sent = [list(rank.group.sent) for rank in ranks]
+    for rank in ranks:
+        rank.group.replies = [torch.cat(pieces, -1) for pieces in zip(*sent, strict=True)]
+    return [rank.forward(name, x) for rank in ranks]
+
+
+def _initialize_single_process() -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        return
+    with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig()):
+        address = f"file://{store.name}-store"
+        parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
+        parallel_state.initialize_model_parallel(1)

@@ -1,0 +1,145 @@
+"""What vLLM, with the plugin or without, makes of adapters on a family's fused projections."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+import vllm
+from packaging.version import Version
+from safetensors.torch import save_file
+
+from support.families import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
+from support.models import MAX_RANK, RankModel, forward_all
+
+TOKENS = 5
+Weights = dict[str, torch.Tensor]
+#: From worst to best: a projection's verdict is the worst that any subset of its modules met.
+WORST_FIRST = (FAILS, WRONG, IGNORED, REFUSED, EXACT)
+
+
+def runs_here(family: Family) -> bool:
+    """Tell whether the installed vLLM has the family."""
+    release = Version(vllm.__version__).release
+    last = Version(family.until).release if family.until else release
+    return Version(family.since).release <= release <= last
+
+
+def family_verdicts(family: Family, size: int, fully_sharded: bool) -> dict[str, str]:
+    """Return the verdict on each fused projection, at one tensor-parallel size.
+
+    Every subset of a projection's modules is tried if it has up to four, else a sample.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> torch.Tensor:
+        # Float32 holds all sums of products of these, so equal means equal to the last bit.
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    base: Weights = {}
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for fused in family.fused:
+        for module, rows in fused.modules.items():
+            base[module] = integers(rows, fused.columns)
+            pairs[module] = integers(MAX_RANK, fused.columns), integers(rows, MAX_RANK)
+    inputs = {fused.layer: integers(TOKENS, fused.columns) for fused in family.fused}
+    found: dict[str, list[str]] = {fused.layer: [] for fused in family.fused}
+    with _stubbed(family):
+        references = [RankModel(family.config, rank, size) for rank in range(size)]
+        try:
+            ranks = [RankModel(family.config, rank, size, fully_sharded) for rank in range(size)]
+            for rank in ranks:
+                rank.load(_checkpoint(base))
+                rank.wrap()
+        except Exception as error:
+            return dict.fromkeys(found, f"{FAILS}: {error}")
+        for fused in family.fused:
+            layer, x = fused.layer, inputs[fused.layer]
+            unadapted = _reference(references, base, layer, x)
+            for subset in subsets(list(fused.modules)):
+                adapter = {module: pairs[module] for module in subset}
+                merged = base | {m: base[m] + b @ a for m, (a, b) in adapter.items()}
+                expected = _reference(references, merged, layer, x)
+                found[layer].append(_verdict(ranks, adapter, layer, x, expected, unadapted))
+    return {layer: min(verdicts, key=WORST_FIRST.index) for layer, verdicts in found.items()}
+
+
+def subsets(modules: list[str]) -> list[tuple[str, ...]]:
+    every = [s for n in range(len(modules)) for s in itertools.combinations(modules, n + 1)]
+    if len(modules) <= 4:
+        return every
+    chosen = [s for s in every if len(s) in (1, len(modules) - 1, len(modules))]
+    return chosen + random.Random(0).sample(every, 4)
+
+
+def _verdict(
+    ranks: list[RankModel],
+    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    layer: str,
+    x: torch.Tensor,
+    expected: list[torch.Tensor],
+    unadapted: list[torch.Tensor],
+) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), adapter)
+        try:
+            for rank in ranks:
+                rank.add_adapter("adapter", 1, Path(folder))
+                rank.select(1, TOKENS)
+        except Exception:
+            return REFUSED
+        else:
+            outputs = forward_all(ranks, layer, x)
+        finally:
+            for rank in ranks:
+                rank.remove_adapter(1)
+    if all(map(torch.equal, outputs, expected)):
+        return EXACT
+    return IGNORED if all(map(torch.equal, outputs, unadapted)) else WRONG
+
+
+def _reference(
+    references: list[RankModel], weights: Weights, layer: str, x: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return what each rank's base layer computes from a checkpoint with these weights."""
+    outputs = []
+    for rank in references:
+        rank.load(_checkpoint(weights))
+        outputs.append(torch.nn.functional.linear(x, rank.model.get_submodule(layer).weight))
+    return outputs
+
+
+def _checkpoint(weights: Weights) -> Weights:
+    return {f"{module}.weight": weight for module, weight in weights.items()}
+
+
+def save_adapter(folder: Path, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Save an adapter as PEFT does: its names are the checkpoint's modules, below a prefix."""
+    tensors = {
+        f"base_model.model.{module}.lora_{letter}.weight": tensor.contiguous()
+        for module, pair in pairs.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": MAX_RANK,
+        "lora_alpha": MAX_RANK,
+        "target_modules": sorted({module.rpartition(".")[2] for module in pairs}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@contextmanager
+def _stubbed(family: Family) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path in family.stubs:
+            stack.enter_context(mock.patch(path, return_value=None))
+        yield

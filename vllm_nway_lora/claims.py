@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of vLLM's layers this package takes, and the plan that it serves each by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.model_executor import custom_op
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+)
+
+from vllm_nway_lora import settings
+from vllm_nway_lora.fusions import outputs_by_module
+from vllm_nway_lora.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
+from vllm_nway_lora.probe import parameter_loader, read_outputs, read_whole
+
+logger = logging.getLogger("vllm.nway_lora")
+
+#: On a base layer: why LoRA on it cannot be served, as :mod:`vllm_nway_lora.mappings` found.
+REFUSAL_ATTRIBUTE = "_nway_lora_refusal"
+
+
+def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
+    """Return the plan of a layer that vLLM's own LoRA classes serve wrongly or at a loss, or None.
+
+    Args:
+        layer: the base layer, its weights loaded.
+        packed_modules: its adapter-visible modules (``packed_modules_mapping``); none or one where
+            adapters see the projection itself.
+
+    Raises:
+        PlanError: ``VLLM_NWAY_LORA=strict`` and no plan can hold the way in which the layer's
+            weight loader places its rows. Otherwise every adapter on that layer is refused.
+    """
+    if not isinstance(layer, ColumnParallelLinear) or _has_own_forward(layer):
+        return None
+    modules = list(packed_modules) or [_name(layer)]
+    reason = getattr(layer, REFUSAL_ATTRIBUTE, None)
+    if reason is not None:
+        return refuse_all(_name(layer), modules, layer.output_size_per_partition, reason)
+    try:
+        if isinstance(layer, MergedColumnParallelLinear):
+            return _plan_merged(layer, packed_modules)
+        if len(modules) == 1 and not isinstance(layer, QKVParallelLinear):
+            return _plan_single(layer, modules)
+    except PlanError as error:
+        if settings.read_mode() is settings.Mode.STRICT:
+            raise
+        reason = f"vllm-nway-lora cannot serve LoRA on {layer.prefix}: {error}"
+        logger.warning("%s. Adapters on it will be refused.", reason)
+        return refuse_all(_name(layer), modules, layer.output_size_per_partition, reason)
+    return None
+
+
+def _plan_merged(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
+    sizes = layer.output_sizes
+    if len(sizes) < 3 and not packed_modules:
+        return None  # not a LoRA target under any name: vLLM has no class for it either
+    modules = list(packed_modules) or [_name(layer)]
+    outputs: list[Output] | None = None
+    if len(sizes) == 2 and (len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1])):
+        # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
+        if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
+            return None
+        outputs = read_outputs(layer)
+        if all(output.rows == size for output, size in zip(outputs, sizes, strict=True)):
+            return None
+    return build_plan(
+        _name(layer),
+        modules,
+        outputs_by_module(_name(layer), modules, len(sizes)),
+        outputs or read_outputs(layer),
+    )
+
+
+def _plan_single(layer: Any, modules: Sequence[str]) -> FusionPlan | None:
+    """Plan a layer that is no merged one, but whose weight a loader of its own lays out."""
+    loader = parameter_loader(layer)
+    if loader is None:
+        return None
+    return build_plan(_name(layer), modules, [[0]], [read_whole(layer, loader)])
+
+
+def _has_own_forward(layer: Any) -> bool:
+    """Tell a layer whose class computes something else than a column-parallel product."""
+    # A platform's replacement for vLLM's class may be there (0.19.0 on); it computes the same.
+    replacement = getattr(custom_op, "maybe_get_oot_by_class", lambda layer_class: layer_class)
+    plain = (ColumnParallelLinear, MergedColumnParallelLinear)
+    return type(layer).forward not in [
+        layer_class.forward for known in plain for layer_class in (known, replacement(known))
+    ]
+
+
+def _name(layer: Any) -> str:
+    return str(layer.prefix.rpartition(".")[2])

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mend what a model class says, or leaves unsaid, of its fused projections before LoRA is built.
+
+vLLM's LoRA manager asks the built model once, through ``process_packed_modules_mapping``, which
+modules each fused projection packs. That is the last moment before it wraps any layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.models.utils import WeightsMapper
+
+from vllm_nway_lora import fusions
+from vllm_nway_lora.claims import REFUSAL_ATTRIBUTE
+
+
+def process_packed_modules_mapping(
+    wrapped: Callable[..., dict[str, list[str]]], _: Any, args: Any, kwargs: Any
+) -> dict[str, list[str]]:
+    """Around vLLM's function of that name: return the mapping, completed."""
+    model: nn.Module = args[0] if args else kwargs["model"]
+    mapping = complete(model, wrapped(*args, **kwargs))
+    rename(model)
+    mark_unservable(model)
+    return mapping
+
+
+def complete(model: nn.Module, mapping: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Return ``mapping`` with the entries that ``model``'s layers need and it lacks.
+
+    An entry that a submodule has, but that an outer class's own mapping hides, comes first; then
+    the table of known omissions. Entries that are there stay, but for those that no layer can use.
+    """
+    completed = {
+        fused: modules
+        for fused, modules in mapping.items()
+        if fusions.UNUSABLE.get(fused) != frozenset(modules)
+    }
+    merged: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, MergedColumnParallelLinear):
+            merged[name.rpartition(".")[2]] = len(layer.output_sizes)
+    hidden = _hidden_entries(model)
+    for fused, n_outputs in merged.items():
+        if fused in mapping:
+            continue
+        modules = hidden.get(fused) or list(fusions.MISSING.get(fused, ()))
+        if len(modules) in (1, n_outputs):
+            completed[fused] = modules
+    return completed
+
+
+def _hidden_entries(model: nn.Module) -> dict[str, list[str]]:
+    """Collect the mappings of ``model``'s submodules, but for entries that they disagree on."""
+    found: dict[str, list[str]] = {}
+    disputed = set()
+    for child in model.modules():
+        for fused, modules in (getattr(child, "packed_modules_mapping", None) or {}).items():
+            if found.setdefault(fused, list(modules)) != list(modules):
+                disputed.add(fused)
+    return {fused: modules for fused, modules in found.items() if fused not in disputed}
+
+
+def rename(model: nn.Module) -> None:
+    """Teach ``model``'s name mapper the renames that its class makes only while it loads weights."""
+    renames = fusions.RENAMES.get(type(model).__name__)
+    if renames is None:
+        return
+    mapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
+    unknown = {old: new for old, new in renames.items() if old not in mapper.orig_to_new_substr}
+    model.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_substr=unknown)
+
+
+def mark_unservable(model: nn.Module) -> None:
+    """Mark the layers that no LoRA layer can serve exactly, so that adapters on them are refused."""
+    for parent in model.modules():
+        for name, layer in parent.named_children():
+            reason = fusions.UNSERVABLE.get((type(parent).__name__, name))
+            if reason is not None:
+                setattr(layer, REFUSAL_ATTRIBUTE, reason)
