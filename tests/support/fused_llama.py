@@ -49,10 +49,15 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
 
 
 def register() -> None:
-    """Tell vLLM of the model: the entry point in ``plugin/``, called in all of vLLM's processes."""
+    """Give vLLM the model: the entry point in ``plugin/``, called in all of vLLM's processes."""
     from vllm import ModelRegistry
 
-    ModelRegistry.register_model(ARCHITECTURE, f"support.fused_llama_vllm:{ARCHITECTURE}")
+    from support.cpu import unpin
+    from support.fused_llama_vllm import FusedLlamaForCausalLM
+
+    unpin()
+    # The class itself: of a name, vLLM has a process of its own find out what the class can do.
+    ModelRegistry.register_model(ARCHITECTURE, FusedLlamaForCausalLM)
 
 
 #: What goes on PYTHONPATH for vLLM's processes to find the model and its entry point.

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from support.cpu import unpin
+
 INPUT_SIZE = 32
 TOKENS = 12
 MAX_LORAS = 4
@@ -180,6 +182,7 @@ def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Resu
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+    unpin()
     config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS)
     punica = PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
     # The manager's ids are slot + 1; 0 is "no LoRA".
