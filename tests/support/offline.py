@@ -6,6 +6,7 @@ manager, workers, executor and warm-up are the release's own.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,14 +59,11 @@ def serve(
             start_new_session=True,
         )
         try:
-            process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LIMIT)
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     if process.returncode:
         raise RuntimeError(log.read_text()[-4000:])
