@@ -115,7 +115,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         a_list = [lora_a] if isinstance(lora_a, torch.Tensor) else list(lora_a)
         b_list = [lora_b] if isinstance(lora_b, torch.Tensor) else list(lora_b)
         try:
-            writes = self._check(a_list, b_list)
+            writes = self.check(a_list, b_list)
         except LoRATensorError:
             if not self._is_warm_up(b_list):
                 raise
@@ -136,10 +136,21 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             return _mcp_apply(x, bias, self)
         return super().apply(x, bias)
 
-    def _check(
-        self, lora_a: list[torch.Tensor | None], lora_b: list[torch.Tensor | None]
+    def check(
+        self, lora_a: Sequence[torch.Tensor | None], lora_b: Sequence[torch.Tensor | None]
     ) -> list[tuple[int, int, slice]]:
-        """Return what :meth:`FusionPlan.assign` says of tensors that fit; raise if one does not."""
+        """Hold tensors against the layer and write nothing.
+
+        Args:
+            lora_a: as for :meth:`set_lora`, one item per module.
+            lora_b: as for :meth:`set_lora`, one item per module.
+
+        Returns:
+            What :meth:`FusionPlan.assign` yields for them.
+
+        Raises:
+            LoRATensorError: a tensor does not fit.
+        """
         where = f"LoRA on {self.base_layer.prefix} (vLLM {vllm.__version__})"
         if len(lora_a) != len(lora_b):
             raise LoRATensorError(

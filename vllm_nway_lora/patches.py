@@ -116,6 +116,16 @@ def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
     return (NWayLinearWithLoRA, *lora_classes)
 
 
+def _wrapped(module: str, function: str) -> Callable[[Any], Any]:
+    """Return what wraps an attribute in a function of this package, imported when applied."""
+
+    def wrap(original: Any) -> Any:
+        wrapper = getattr(importlib.import_module(f"vllm_nway_lora.{module}"), function)
+        return wrapt.FunctionWrapper(original, wrapper)
+
+    return wrap
+
+
 def _with_completed_mapping(function: Any) -> Any:
     from vllm_nway_lora.mappings import process_packed_modules_mapping
 
@@ -136,6 +146,7 @@ _COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 _MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
 
 GROUPS = (
+    # In the workers: exact layers, and nothing but whole adapters on them.
     Group(
         "vllm.lora.worker_manager",
         (
@@ -149,6 +160,27 @@ GROUPS = (
                 _with_completed_mapping,
                 parameters=("model",),
             ),
+            Patch(
+                "admission",
+                "vllm.lora.worker_manager",
+                "WorkerLoRAManager._load_adapter",
+                _wrapped("admission", "load_adapter"),
+                ("lora_request",),
+            ),
+            Patch(
+                "adapter-tensors",
+                "vllm.lora.lora_model",
+                "LoRAModel.from_lora_tensors",
+                _wrapped("admission", "read_tensors"),
+                ("tensors", "peft_helper", "weights_mapper"),
+            ),
+            Patch(
+                "adapter-config",
+                "vllm.lora.peft_helper",
+                "PEFTHelper.from_dict",
+                _wrapped("admission", "read_config"),
+                ("config_dict",),
+            ),
         ),
         (
             "fewer-modules-than-outputs",
@@ -158,6 +190,8 @@ GROUPS = (
             "one-module-cut-in-halves",
             "gathered-when-whole",
             "copied-lora-a",
+            "served-in-part",
+            "patterns-ignored",
         ),
         (
             Need(_COLUMN_PARALLEL, "_mcp_apply", ("x", "bias", "layer")),
@@ -173,6 +207,48 @@ GROUPS = (
                 ("param", "loaded_weight", "loaded_shard_id"),
             ),
         ),
+    ),
+    # In the engine core: all ranks or none, and an adapter's failure is not the engine's.
+    Group(
+        "vllm.v1.engine.core",
+        (
+            Patch(
+                "all-ranks-or-none",
+                "vllm.v1.executor.abstract",
+                "Executor.add_lora",
+                _wrapped("containment", "add_lora"),
+                ("lora_request",),
+            ),
+            Patch(
+                "request-alone-fails",
+                "vllm.v1.engine.core",
+                "EngineCore.add_request",
+                _wrapped("containment", "add_request"),
+                ("request",),
+            ),
+            Patch(
+                "same-plugin-on-all-ranks",
+                "vllm.v1.engine.core",
+                "EngineCore.__init__",
+                _wrapped("containment", "start_engine"),
+                ("vllm_config", "executor_class"),
+            ),
+        ),
+        ("stale-replies", "request-ends-engine"),
+    ),
+    # In the API server.
+    Group(
+        "vllm.entrypoints.openai.models.serving",
+        (
+            Patch(
+                "load-inplace-once",
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.load_lora_adapter",
+                _wrapped("containment", "reset_load_inplace"),
+                ("request",),
+            ),
+        ),
+        ("reloaded-every-step",),
     ),
     # Mamba2 sets a loader on the weight of its `in_proj`, which packing for CPU or quantisation drops.
     Group(
@@ -204,18 +280,22 @@ def register() -> None:
             wrapt.register_post_import_hook(_on_import, group.anchor)
     else:
         for group in GROUPS:
-            if group.anchor in sys.modules:
+            if _active and group.anchor in sys.modules:
                 _apply(group)
 
 
 def unregister() -> None:
     """See :func:`vllm_nway_lora.unregister`."""
+    _undo()
+    _said.clear()
+
+
+def _undo() -> None:
     global _active
     _active = False
     for owner, name, original in _originals.values():
         setattr(owner, name, original)
     _originals.clear()
-    _said.clear()
 
 
 def applied() -> tuple[Patch, ...]:
@@ -224,10 +304,9 @@ def applied() -> tuple[Patch, ...]:
 
 
 def _on_import(module: ModuleType) -> None:
-    if _active:
-        for group in GROUPS:
-            if group.anchor == module.__name__:
-                _apply(group)
+    for group in GROUPS:
+        if _active and group.anchor == module.__name__:
+            _apply(group)
 
 
 def _apply(group: Group) -> None:
@@ -249,7 +328,8 @@ def _apply(group: Group) -> None:
         try:
             owner, name = part.find()
             if isinstance(part, Patch):
-                originals[part] = (owner, name, getattr(owner, name))
+                # Not `getattr`, which binds class methods.
+                originals[part] = (owner, name, inspect.getattr_static(owner, name))
         except Missing as error:
             missing.append(str(error))
     if not missing:
@@ -263,7 +343,8 @@ def _apply(group: Group) -> None:
     for patch, (owner, name, _) in originals.items():
         setattr(owner, name, replacements[patch])
     _originals.update(originals)
-    if support is releases.Support.UNTESTED:
+    # Once per process that builds LoRA layers.
+    if support is releases.Support.UNTESTED and group is GROUPS[0]:
         _say(
             logging.WARNING,
             f"vllm-nway-lora has not been tested on vLLM {version}; all that it needs is there, so "
@@ -272,6 +353,8 @@ def _apply(group: Group) -> None:
 
 
 def _stand_aside(reason: str) -> None:
+    """Undo what this process has, so that it has the whole of this package or nothing."""
+    _undo()
     if settings.read_mode() is settings.Mode.STRICT:
         raise RuntimeError(f"{settings.VARIABLE}=strict: vllm-nway-lora cannot be on: {reason}.")
     _say(logging.WARNING, f"vllm-nway-lora stands aside and leaves vLLM as it is: {reason}.")

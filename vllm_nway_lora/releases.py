@@ -159,6 +159,41 @@ DEFECTS = (
         "LoRA that follows the loader of that projection. Not reported upstream as far as we know.",
     ),
     Defect(
+        "served-in-part",
+        "An adapter of which some tensors match no layer, or do not fit, is served without them.",
+        (Seen("0.17.0", None),),
+        ("#49354", "#55193"),
+        "A check of every tensor before an adapter is taken.",
+    ),
+    Defect(
+        "patterns-ignored",
+        "An adapter with `rank_pattern` or `alpha_pattern` is served at the wrong scale.",
+        (Seen("0.17.0", "0.31.0"),),
+        (),
+        "0.32.0 did.",
+    ),
+    Defect(
+        "stale-replies",
+        "With tensor parallelism, the load after a refused one fails with the refused one's error.",
+        (Seen("0.17.0", None),),
+        (),
+        "A `collective_rpc` that hears all ranks before it raises.",
+    ),
+    Defect(
+        "request-ends-engine",
+        "A request with an adapter that cannot be loaded ends the engine.",
+        (Seen("0.17.0", None),),
+        (),
+        "A failed load that fails its request alone.",
+    ),
+    Defect(
+        "reloaded-every-step",
+        "After `load_inplace` an adapter is read from disk again at every step of every request.",
+        (Seen("0.17.0", "0.32.0"),),
+        (),
+        "0.33.0 did.",
+    ),
+    Defect(
         "gathered-when-whole",
         "With tensor parallelism, LoRA-A's products are gathered over all ranks although no rank "
         "lacks any; on CPU the request fails.",

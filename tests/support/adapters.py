@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,12 +38,25 @@ FUSED_LLAMA = {
     "all": ("in_proj_qkv", "in_proj_z", "in_proj_ba", "down_proj", *ATTENTION),
 }
 
+#: Adapters on Qwen3-Next, whose two projections are fused in the checkpoint already.
+QWEN3_NEXT = {
+    "qkvz": ("in_proj_qkvz",),
+    "ba": ("in_proj_ba",),
+    "all": ("in_proj_qkvz", "in_proj_ba", "out_proj", *ATTENTION, *MLP),
+}
+
+#: Adapters on the hybrids whose fused projection is one module; alone, so that it alone is at fault.
+GRANITE_HYBRID = {"in_proj": ("in_proj",)}
+LFM2 = {"in_proj": ("in_proj",)}
+
 
 def _model(checkpoint: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from support import fused_llama
 
+    logging.disable_progress_bar()
     [architecture] = json.loads((checkpoint / "config.json").read_text())["architectures"]
     ours = architecture == fused_llama.ARCHITECTURE
     model_class = fused_llama.FusedLlamaForCausalLM if ours else AutoModelForCausalLM
@@ -63,6 +76,25 @@ def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: i
             parameter.data = values.bfloat16().float()
     model.save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is tested with: a checkpoint, adapters on it, and PEFT's answers."""
+
+    folder: Path
+    adapters: dict[str, Path]
+    reference: Reference
+
+
+def make(root: Path, save: Callable[[Path], Path], adapters: Mapping[str, Sequence[str]]) -> Served:
+    """Save a checkpoint below ``root`` and random adapters on the modules that each one names."""
+    folder = save(root / "model")
+    saved = {
+        name: save_adapter(folder, root / name, modules, seed)
+        for seed, (name, modules) in enumerate(adapters.items())
+    }
+    return Served(folder, saved, Reference(folder, saved))
 
 
 class Reference:

@@ -7,8 +7,6 @@ the model on transformers, the reference; ``fused_llama_vllm`` is the same from 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -58,7 +56,3 @@ def register() -> None:
     unpin()
     # The class itself: of a name, vLLM has a process of its own find out what the class can do.
     ModelRegistry.register_model(ARCHITECTURE, FusedLlamaForCausalLM)
-
-
-#: What goes on PYTHONPATH for vLLM's processes to find the model and its entry point.
-PYTHON_PATH = (Path(__file__).parent.parent, Path(__file__).parent / "plugin")
