@@ -19,10 +19,19 @@ COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 [WORKER_GROUP] = [g for g in patches.GROUPS if g.anchor == "vllm.lora.worker_manager"]
 
 
+class Lines(logging.Handler):
+    """Keeps what a logger says; vLLM's loggers need not propagate to where pytest listens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
 @pytest.fixture
-def register(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[Callable[..., list[str]]]:
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     """Register in a process with vLLM's LoRA modules, as on another version of vLLM.
 
     Returns what the plugin says, and raises what it raises.
@@ -30,8 +39,8 @@ def register(
     import vllm.lora.worker_manager  # noqa: F401
 
     monkeypatch.setattr(patches, "GROUPS", (WORKER_GROUP,))
-    logger = logging.getLogger("vllm.nway_lora")
-    logger.addHandler(caplog.handler)
+    logger, handler = logging.getLogger("vllm.nway_lora"), Lines()
+    logger.addHandler(handler)
     vllm_nway_lora.unregister()
 
     def register(version: str, mode: str = "1") -> list[str]:
@@ -39,10 +48,10 @@ def register(
         monkeypatch.setenv("VLLM_NWAY_LORA", mode)
         vllm_nway_lora.register()
         vllm_nway_lora.register()
-        return [f"{r.levelname} {r.getMessage()}" for r in caplog.records]
+        return handler.lines
 
     yield register
-    logger.removeHandler(caplog.handler)
+    logger.removeHandler(handler)
     vllm_nway_lora.unregister()
 
 
