@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -140,6 +141,7 @@ def build(case: Case) -> Any:
     from vllm_nway_lora import patches
 
     vllm_nway_lora.unregister()
+    os.environ["VLLM_NWAY_LORA"] = "1"  # whatever the tests before have set on this rank
     if case.plugin:
         vllm_nway_lora.register()
     assert bool(patches.applied()) == case.plugin
