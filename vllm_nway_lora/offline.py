@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import vllm.platforms
+from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
@@ -70,14 +71,13 @@ class Rank:
             parallel_state._TP = real
 
     def wrap(self) -> None:
-        """Have vLLM's LoRA manager wrap the model, with LoRA's own tensors on the CPU."""
+        """Have vLLM's LoRA manager wrap the model but its experts, LoRA's own tensors on the CPU."""
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         cpu = torch.device("cpu")
-        with self.current(), ExitStack() as stack:
-            for module in ("base_linear", "fused_moe"):
-                path = f"vllm.lora.layers.{module}._get_lora_device"
-                stack.enter_context(mock.patch(path, lambda layer: cpu))
+        _drop_experts(self.model)
+        device = mock.patch("vllm.lora.layers.base_linear._get_lora_device", return_value=cpu)
+        with self.current(), device:
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
@@ -100,7 +100,7 @@ def configure(
         fully_sharded: ``--fully-sharded-loras``.
         max_lora_rank: ``--max-lora-rank``.
     """
-    _initialize()
+    initialize()
     vllm_config = VllmConfig(
         model_config=ModelConfig(
             model=model,
@@ -135,7 +135,15 @@ def build(rank: Rank, device: str = "meta") -> None:
         torch.set_default_dtype(default)
 
 
-def _initialize() -> None:
+def _drop_experts(model: nn.Module) -> None:
+    """Take mixtures of experts out: they are not this package's, and their LoRA needs Triton."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ in ("FusedMoE", "SharedFusedMoE", "MoERunner"):
+                setattr(parent, name, nn.Identity())
+
+
+def initialize() -> None:
     """Give the process the groups of one rank, on a platform that needs no device."""
     platforms: Any = vllm.platforms
     if not platforms.current_platform.device_type:

@@ -12,7 +12,7 @@ import pytest
 from support import damage
 from support.adapters import Answer, Reference, prompts, save_adapter
 from support.checkpoints import save_qwen3_5
-from support.processes import evaluate, run_python
+from support.processes import run_python
 from support.server import Server, ServerError, engine_environment
 from support.stress import Soak
 
@@ -170,12 +170,13 @@ class TestStock:
 
 OFFLINE = """
 import json, sys
+from pathlib import Path
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
-checkpoint, bad, good, prompt = json.loads(sys.argv[1])
+checkpoint, bad, good, prompt, answers = json.loads(sys.argv[1])
 llm = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, enable_lora=True, max_loras=3,
-          max_lora_rank=16, max_model_len=128, max_num_seqs=4)
+          max_lora_rank=16, max_model_len=128, max_num_seqs=4, pipeline_parallel_size=2)
 said = {}
 try:
     llm.llm_engine.add_lora(LoRARequest("bad", 1, bad))
@@ -192,17 +193,22 @@ for name, number, path in (("bad", 1, bad), ("good", 2, good)):
         list(output.token_ids),
         [step[token].logprob for token, step in zip(output.token_ids, output.logprobs or [])],
     ]
-print(json.dumps(said))
+Path(answers).write_text(json.dumps(said))
 """
 
 
-def test_offline_engines_say_the_same(adapters: Adapters) -> None:
+def test_offline_engines_and_pipeline_ranks(adapters: Adapters, tmp_path: Path) -> None:
+    """The first pipeline rank has no fault to find: the last rank has the layer."""
     folder, words = adapters.bad["cut_rows"]
-    prompt = prompts(1)[0]
-    arguments = [str(adapters.checkpoint), str(folder), str(adapters.good["a"]), prompt]
-    said = evaluate(OFFLINE, json.dumps(arguments), **engine_environment(True, 1))
+    prompt, answers = prompts(1)[0], tmp_path / "answers"
+    paths = map(str, (adapters.checkpoint, folder, adapters.good["a"]))
+    arguments = json.dumps([*paths, prompt, str(answers)])
+    done = run_python(OFFLINE, arguments, **engine_environment(True, 2))
+    assert done.returncode == 0, done.stderr
+    said = json.loads(answers.read_text())
     assert words in said["add_lora"]
-    assert f"LoRA adapter 'bad' ({folder}) is refused on vLLM" in said["add_lora"]
+    ranks = "On rank 0 of 2: no error. On rank 1 of 2: "
+    assert f"{ranks}LoRA adapter 'bad' ({folder}) is refused on vLLM" in said["add_lora"]
     assert said["bad"] == ["error", [], []]
     _, tokens, logprobs = said["good"]
     answer = Answer(prompt + tokens, logprobs, len(prompt))
@@ -219,7 +225,7 @@ def test_a_bad_adapter_on_the_command_line(adapters: Adapters, tmp_path: Path) -
     ):
         pass
     assert words in str(error.value)
-    assert f"LoRA adapter 'bad' ({folder}) is refused on vLLM" in str(error.value)
+    assert "ValueError: Call to add_lora method failed: LoRA adapter 'bad' (" in str(error.value)
 
 
 DIFFERING = """
@@ -236,7 +242,7 @@ WorkerProc.make_worker_process = make_worker_process
 os.environ["VLLM_PLUGINS"] = "nway_lora"
 LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, enable_lora=True, max_model_len=128,
     max_num_seqs=4, tensor_parallel_size=2)
-print("started")
+print("no difference was found")
 """
 
 
@@ -247,7 +253,7 @@ def test_a_rank_without_the_plugin_is_named_at_start(adapters: Adapters) -> None
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     done = run_python(DIFFERING, str(adapters.checkpoint), **environment)
-    assert "started" not in done.stdout
+    assert "no difference was found" not in done.stdout
     assert done.returncode != 0
     assert "RankError: vllm-nway-lora differs between the processes of this engine" in done.stderr
     assert f"rank 0: {__version__} (VLLM_NWAY_LORA=1; patches: " in done.stderr

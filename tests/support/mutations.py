@@ -81,7 +81,7 @@ def _rename(rename: Callable[[str, Random], str]) -> Callable[[Adapter, Random],
 
 
 def _resize(tensor: torch.Tensor, random: Random) -> torch.Tensor:
-    if not tensor.ndim:
+    if not tensor.numel():
         return tensor
     dim = random.randrange(tensor.ndim)
     size = tensor.shape[dim]
@@ -96,7 +96,7 @@ def _resize(tensor: torch.Tensor, random: Random) -> torch.Tensor:
 def _poison(tensor: torch.Tensor, random: Random) -> torch.Tensor:
     if not tensor.numel() or not tensor.is_floating_point():
         return tensor
-    tensor = tensor.clone()
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
     tensor.view(-1)[random.randrange(tensor.numel())] = random.choice(
         [float("nan"), float("inf"), float("-inf")]
     )
