@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 
 import environment
 import peers
-import table
+import readme
 
 Counts = dict[str, Any]
 SUITE_LIMIT = 3600  # seconds
@@ -63,7 +63,7 @@ def main() -> int:
             environment.say(
                 f"{done} of {len(todo)} releases done, failed: {' '.join(failed) or '-'}"
             )
-            table.write()
+            readme.main()
     return 1 if failed else 0
 
 
@@ -137,11 +137,8 @@ def source(suite: str, release: str) -> str:
     """Return a digest of what a suite's figures depend on: the package, its tests, its row."""
     row = environment.matrix()["release"][release]
     digest = hashlib.sha256(json.dumps([row["distribution"], row["torch"]]).encode())
-    folders = [
-        "vllm_nway_lora",
-        "tests/support",
-        *environment.matrix()["suites"]["paths"].get(suite, ()),
-    ]
+    paths = environment.matrix()["suites"]["paths"].get(suite, ())
+    folders = ["vllm_nway_lora", "tests/support", *(p for p in paths if not p.startswith("-"))]
     if suite == "peers":
         folders.append("tests/peers")
     for name in folders:
