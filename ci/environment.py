@@ -52,6 +52,16 @@ def matrix() -> dict[str, Any]:
     return tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
 
 
+def row(release: str) -> dict[str, Any]:
+    """Return what ``ci/matrix.toml`` says of a release; ``newest`` is whichever is published last.
+
+    Raises:
+        KeyError: it has no such release.
+    """
+    rows: dict[str, dict[str, Any]] = {**matrix()["release"], "newest": matrix()["newest"]}
+    return rows[release]
+
+
 @functools.cache
 def wheel() -> Path:
     """Return the wheel under test: that of ``NWAY_LORA_WHEEL``, else one built now."""
@@ -73,10 +83,14 @@ def release_environment(release: str | None = None) -> Path:
         RuntimeError: installing the wheel changed a distribution that was there before.
     """
     release = release or str(matrix()["default"])
-    row = matrix()["release"][release]
-    pins = [f"torch=={row['torch']}", f"torchvision=={matrix()['torchvision'][row['torch']]}"]
-    packages = [f"{row['distribution']}=={release}", "torchvision", *TEST_REQUIREMENTS]
-    python = _environment(f"vllm-{release}", packages, pins, row.get("python", sys.executable))
+    wanted = row(release)
+    pins, distribution = [], wanted["distribution"]
+    if release != "newest":
+        torchvision = matrix()["torchvision"][wanted["torch"]]
+        pins = [f"torch=={wanted['torch']}", f"torchvision=={torchvision}"]
+        distribution += f"=={release}"
+    packages = [distribution, "torchvision", *TEST_REQUIREMENTS]
+    python = _environment(f"vllm-{release}", packages, pins, wanted.get("python", sys.executable))
     before = _distributions(python)
     run(uv(), "pip", "install", "--quiet", "--python", python, "--reinstall-package",
         "vllm-nway-lora", wheel())  # fmt: skip

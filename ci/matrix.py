@@ -2,7 +2,7 @@
 
     python3 ci/matrix.py                    # every release, but for what has passed already
     python3 ci/matrix.py 0.21.0 0.24.0..    # a release; a range, open on either side
-    python3 ci/matrix.py --suite layers --again all
+    python3 ci/matrix.py --suite layers --again boundary
 
 Each release's figures go to ``ci/results/<release>.json``, the table made of them into the README,
 and each suite's output to ``logs/`` in the cache folder. A suite that has passed with the same code
@@ -17,21 +17,19 @@ import datetime
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import environment
 import peers
 import readme
+import runner
 
 Counts = dict[str, Any]
-SUITE_LIMIT = 3600  # seconds
 
 
 def main() -> int:
@@ -43,8 +41,12 @@ def main() -> int:
     )
     parser.add_argument("--again", action="store_true", help="also what has passed already")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 4))
+    parser.add_argument("--list", action="store_true", help="only list the releases, as JSON")
     asked = parser.parse_args()
     todo = select(asked.releases)
+    if asked.list:
+        print(json.dumps(todo))
+        return 0
     environment.wheel()
     failed = []
     with concurrent.futures.ThreadPoolExecutor(asked.jobs) as pool:
@@ -73,15 +75,17 @@ def select(asked: Iterable[str]) -> list[str]:
     Raises:
         KeyError: a name that the matrix does not have.
     """
-    known = list(environment.matrix()["release"])
+    known = [*environment.matrix()["release"], "newest"]
     chosen = set()
     for name in asked:
         first, dots, last = name.partition("..")
         if name == "all":
-            chosen.update(known)
+            chosen.update(known[:-1])
+        elif name == "boundary":
+            chosen.update(r for r in known[:-1] if environment.row(r).get("also"))
         elif dots:
             start = known.index(first) if first else 0
-            chosen.update(known[start : known.index(last) + 1 if last else None])
+            chosen.update(known[start : known.index(last) + 1 if last else -1])
         elif name in known:
             chosen.add(name)
         else:
@@ -91,7 +95,7 @@ def select(asked: Iterable[str]) -> list[str]:
 
 def suites(release: str) -> list[str]:
     """Return the suites that the matrix has for a release, in the order in which they run."""
-    row = environment.matrix()["release"][release]
+    row = environment.row(release)
     everywhere = environment.matrix()["suites"]["everywhere"]
     return [*(s for s in everywhere if s not in row.get("without", [])), *row.get("also", [])]
 
@@ -115,7 +119,7 @@ def run_release(release: str, only: Sequence[str] | None, again: bool) -> bool:
             counts = peers.run(release, python, log)
         else:
             paths = environment.matrix()["suites"]["paths"][suite]
-            counts = count(run_pytest(release, python, paths, log))
+            counts = runner.count(runner.run_pytest(release, python, paths, log))
         done[suite] = counts | {
             "seconds": round(time.monotonic() - started),
             "date": datetime.date.today().isoformat(),
@@ -135,8 +139,8 @@ def passed(counts: Counts, code: str) -> bool:
 
 def source(suite: str, release: str) -> str:
     """Return a digest of what a suite's figures depend on: the package, its tests, its row."""
-    row = environment.matrix()["release"][release]
-    digest = hashlib.sha256(json.dumps([row["distribution"], row["torch"]]).encode())
+    row = environment.row(release)
+    digest = hashlib.sha256(json.dumps([row["distribution"], row.get("torch")]).encode())
     paths = environment.matrix()["suites"]["paths"].get(suite, ())
     folders = ["vllm_nway_lora", "tests/support", *(p for p in paths if not p.startswith("-"))]
     if suite == "peers":
@@ -148,50 +152,9 @@ def source(suite: str, release: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def run_pytest(
-    release: str,
-    python: Path,
-    arguments: Sequence[str],
-    log: Path,
-    folder: Path = environment.ROOT,
-    **variables: str,
-) -> Path:
-    """Run pytest in a release's environment; return its JUnit report, which a crash leaves out."""
-    report = log.with_suffix(".xml")
-    report.unlink(missing_ok=True)
-    command = [str(python), "-P", "-m", "pytest", "--junitxml", str(report), *arguments]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **variables}
-    env |= environment.matrix()["release"][release].get("environment", {})
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            process.wait(SUITE_LIMIT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return report
-
-
-def count(report: Path) -> Counts:
-    """Return how many tests of a JUnit report passed, failed (errors too) and were skipped."""
-    if not report.exists():
-        return {"passed": 0, "failed": 1, "skipped": 0}
-    outcomes = [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
-    return {kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")}
-
-
-def outcome(case: ElementTree.Element) -> str:
-    """Return ``passed``, ``failed`` or ``skipped``."""
-    tags = {child.tag for child in case}
-    return "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
-
-
 def versions(python: Path, release: str) -> dict[str, str]:
     """Return the versions of what is tested and of what it stands on."""
-    distribution = environment.matrix()["release"][release]["distribution"]
+    distribution = environment.row(release)["distribution"]
     code = (
         "import json, platform; from importlib.metadata import version; print(json.dumps("
         "{'python': platform.python_version()} | {n: version(n) for n in "
