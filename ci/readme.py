@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results"
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def main() -> int:
@@ -61,6 +63,49 @@ def families() -> str:
     return _table((*headings, *modes, "plugin"), rows)
 
 
+def releases() -> str:
+    """Return the table of releases, from what ``ci/matrix.py`` has written down."""
+    known = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["release"]
+    rows = []
+    for release in known:
+        path = RESULTS / f"{release}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            figures = (
+                _figure(result["suites"].get(s)) for s in ("unit", "layers", "engine", "stock")
+            )
+            peers = result["suites"].get("peers")
+            own = f"{peers['passed_off']} → {_figure(peers)}" if peers else ""
+            rows.append((release, result["torch"], result["python"], *figures, own))
+    suites = ("unit", "layers", "engine, TP=2", "stock's defects", "vLLM's own, off → on")
+    return _table(("vLLM", "torch", "Python", *suites), rows)
+
+
+def _figure(counts: dict[str, int] | None) -> str:
+    if counts is None:
+        return "–"
+    failed = f", **{counts['failed']} failed**" if counts["failed"] else ""
+    return f"{counts['passed']}{failed}"
+
+
+def defects() -> str:
+    """Return the table of defects."""
+    from vllm_nway_lora.releases import DEFECTS
+
+    rows = []
+    for defect in DEFECTS:
+        threads = (
+            f"[{thread}](https://github.com/vllm-project/vllm/issues/{thread[1:]})"
+            for thread in defect.upstream
+        )
+        seen = (
+            f"{s.first} to {s.last or 'now'}" + "".join(f"<br>`{words}`" for words in s.messages)
+            for s in defect.seen
+        )
+        rows.append((defect.user_sees, "<br>".join(seen), " ".join(threads), defect.retired_by))
+    return _table(("stock vLLM", "in, with the words", "upstream", "ended by"), rows)
+
+
 def _mark(verdict: str) -> str:
     """Make what is not exact stand out."""
     word, colon, rest = verdict.partition(":")
@@ -72,7 +117,12 @@ def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"demo": demo, "families": families}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "families": families,
+    "releases": releases,
+    "defects": defects,
+}
 
 
 if __name__ == "__main__":

@@ -19,22 +19,22 @@ from vllm_nway_lora import releases, settings
 logger = logging.getLogger("vllm.nway_lora")
 
 
+class Missing(LookupError):
+    """Something of vLLM that a group needs is not there; the message names it."""
+
+
 @dataclass(frozen=True)
-class Patch:
-    """One attribute of vLLM that this package replaces.
+class Need:
+    """An attribute of vLLM that this package calls.
 
     Attributes:
-        name: what the patch is called in messages.
-        module: the module that has the attribute.
+        module: the module that has it.
         attribute: its path in there (``function`` or ``Class.method``).
-        replacement: from what vLLM has there to what goes there instead.
         parameters: names that a function there must take, beside any others.
     """
 
-    name: str
     module: str
     attribute: str
-    replacement: Callable[[Any], Any]
     parameters: tuple[str, ...] = ()
 
     def find(self) -> tuple[Any, str]:
@@ -49,19 +49,40 @@ class Patch:
             owner = getattr(owner, step, None)
         found = getattr(owner, name, None)
         if found is None:
-            raise Missing(f"{self.module}.{self.attribute} ({self.name})")
+            raise Missing(f"{self.module}.{self.attribute}")
         if self.parameters:
             lacking = set(self.parameters) - set(inspect.signature(found).parameters)
             if lacking:
                 raise Missing(
-                    f"the parameter {', '.join(sorted(lacking))} of "
-                    f"{self.module}.{self.attribute} ({self.name})"
+                    f"the parameter {', '.join(sorted(lacking))} of {self.module}.{self.attribute}"
                 )
         return owner, name
 
 
-class Missing(LookupError):
-    """Something of vLLM that a patch needs is not there; the message names it."""
+@dataclass(frozen=True)
+class Patch:
+    """One attribute of vLLM that this package replaces.
+
+    Attributes:
+        name: what the patch is called in messages.
+        module: as in :class:`Need`.
+        attribute: as in :class:`Need`.
+        replacement: from what vLLM has there to what goes there instead.
+        parameters: as in :class:`Need`.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    replacement: Callable[[Any], Any]
+    parameters: tuple[str, ...] = ()
+
+    def find(self) -> tuple[Any, str]:
+        """As :meth:`Need.find`; what is missing is said with the patch's name."""
+        try:
+            return Need(self.module, self.attribute, self.parameters).find()
+        except Missing as error:
+            raise Missing(f"{error} ({self.name})") from None
 
 
 @dataclass(frozen=True)
@@ -71,10 +92,20 @@ class Group:
     Attributes:
         anchor: the module whose import applies the group. It imports those of the patches, so that
             every target can be looked at before the first is replaced.
+        patches: what is replaced.
+        defects: what the group mends, by their names in :data:`releases.DEFECTS`. Where vLLM has
+            none of them, the group is not applied.
+        needs: what else of vLLM the replacements call.
     """
 
     anchor: str
     patches: tuple[Patch, ...]
+    defects: tuple[str, ...]
+    needs: tuple[Need, ...] = ()
+
+    def needed(self, version: str) -> bool:
+        """Tell whether ``version`` of vLLM has anything that the group mends."""
+        return any(releases.defect(name).messages(version) is not None for name in self.defects)
 
 
 def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
@@ -112,6 +143,7 @@ def _with_loader_remembered(init: Any) -> Any:
     return wrapt.FunctionWrapper(init, __init__)
 
 
+_COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 _MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
 
 GROUPS = (
@@ -151,6 +183,31 @@ GROUPS = (
                 ("config_dict",),
             ),
         ),
+        (
+            "fewer-modules-than-outputs",
+            "first-module-left-out",
+            "last-module-left-out",
+            "unwrapped-when-fully-sharded",
+            "one-module-cut-in-halves",
+            "gathered-when-whole",
+            "copied-lora-a",
+            "served-in-part",
+            "patterns-ignored",
+        ),
+        (
+            Need(_COLUMN_PARALLEL, "_mcp_apply", ("x", "bias", "layer")),
+            Need(_COLUMN_PARALLEL, "ColumnParallelLinearWithLoRA.apply", ("x", "bias")),
+            Need(
+                "vllm.lora.utils",
+                "from_layer",
+                ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"),
+            ),
+            Need(
+                "vllm.model_executor.layers.linear",
+                "MergedColumnParallelLinear.weight_loader",
+                ("param", "loaded_weight", "loaded_shard_id"),
+            ),
+        ),
     ),
     # In the engine core: all ranks or none, and an adapter's failure is not the engine's.
     Group(
@@ -178,6 +235,7 @@ GROUPS = (
                 ("vllm_config", "executor_class"),
             ),
         ),
+        ("stale-replies", "request-ends-engine"),
     ),
     # In the API server.
     Group(
@@ -191,15 +249,20 @@ GROUPS = (
                 ("request",),
             ),
         ),
+        ("reloaded-every-step",),
     ),
     # Mamba2 sets a loader on the weight of its `in_proj`, which packing for CPU or quantisation drops.
     Group(
-        _MAMBA2, (Patch("mamba2-loader", _MAMBA2, "MambaMixer2.__init__", _with_loader_remembered),)
+        _MAMBA2,
+        (Patch("mamba2-loader", _MAMBA2, "MambaMixer2.__init__", _with_loader_remembered),),
+        ("mamba2-one-group",),
     ),
 )
 
 #: (owner, attribute's name) -> what vLLM had there, per patch that is in place.
 _originals: dict[Patch, tuple[Any, str, Any]] = {}
+#: What was said already in this process: several groups may have the same to say.
+_said: set[str] = set()
 _active = False
 _hooked = False
 
@@ -224,6 +287,11 @@ def register() -> None:
 
 def unregister() -> None:
     """See :func:`vllm_nway_lora.unregister`."""
+    _undo()
+    _said.clear()
+
+
+def _undo() -> None:
     global _active
     _active = False
     for owner, name, original in _originals.values():
@@ -251,37 +319,49 @@ def _apply(group: Group) -> None:
     if support is releases.Support.TOO_OLD:
         _stand_aside(f"vLLM {version} is older than {releases.FIRST}, the first that it serves")
         return
-    targets, missing = {}, []
-    for patch in group.patches:
+    if not group.needed(version):
+        names = ", ".join(patch.name for patch in group.patches)
+        _say(logging.INFO, f"vllm-nway-lora does without {names}: vLLM {version} needs it no more.")
+        return
+    parts: tuple[Need | Patch, ...] = (*group.needs, *group.patches)
+    originals, replacements, missing = {}, {}, []
+    for part in parts:
         try:
-            targets[patch] = patch.find()
+            owner, name = part.find()
+            if isinstance(part, Patch):
+                # Not `getattr`, which binds class methods.
+                originals[part] = (owner, name, inspect.getattr_static(owner, name))
         except Missing as error:
             missing.append(str(error))
+    if not missing:
+        try:
+            replacements = {p: p.replacement(found) for p, (_, _, found) in originals.items()}
+        except (ImportError, AttributeError) as error:  # from the imports of our own modules
+            missing.append(f"what this package imports: {error}")
     if missing:
         _stand_aside(f"vLLM {version} lacks {', '.join(missing)}")
         return
-    # Not `getattr`, which binds class methods.
-    originals = {
-        p: (owner, name, inspect.getattr_static(owner, name))
-        for p, (owner, name) in targets.items()
-    }
-    replacements = {patch: patch.replacement(originals[patch][2]) for patch in originals}
     for patch, (owner, name, _) in originals.items():
         setattr(owner, name, replacements[patch])
     _originals.update(originals)
     # Once per process that builds LoRA layers.
     if support is releases.Support.UNTESTED and group is GROUPS[0]:
-        logger.warning(
-            "vllm-nway-lora has not been tested on vLLM %s; all that it needs is there, so it is on. "
-            "%s=0 turns it off.",
-            version,
-            settings.VARIABLE,
+        _say(
+            logging.WARNING,
+            f"vllm-nway-lora has not been tested on vLLM {version}; all that it needs is there, so "
+            f"it is on. {settings.VARIABLE}=0 turns it off.",
         )
 
 
 def _stand_aside(reason: str) -> None:
     """Undo what this process has, so that it has the whole of this package or nothing."""
-    unregister()
+    _undo()
     if settings.read_mode() is settings.Mode.STRICT:
         raise RuntimeError(f"{settings.VARIABLE}=strict: vllm-nway-lora cannot be on: {reason}.")
-    logger.warning("vllm-nway-lora stands aside and leaves vLLM as it is: %s.", reason)
+    _say(logging.WARNING, f"vllm-nway-lora stands aside and leaves vLLM as it is: {reason}.")
+
+
+def _say(level: int, text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.log(level, "%s", text)

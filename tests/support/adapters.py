@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,16 @@ QWEN3_5 = {
     "all": GDN + ATTENTION + MLP,
 }
 
+#: Adapters on the model of ``fused_llama``, likewise.
+FUSED_LLAMA = {
+    "qkv+z": ("in_proj_qkv", "in_proj_z"),
+    "qkv": ("in_proj_qkv",),
+    "z": ("in_proj_z",),
+    "ba": ("in_proj_ba",),
+    "attention": ATTENTION,
+    "all": ("in_proj_qkv", "in_proj_z", "in_proj_ba", "down_proj", *ATTENTION),
+}
+
 #: Adapters on Qwen3-Next, whose two projections are fused in the checkpoint already.
 QWEN3_NEXT = {
     "qkvz": ("in_proj_qkvz",),
@@ -43,8 +54,13 @@ def _model(checkpoint: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from support import fused_llama
+
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    [architecture] = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    ours = architecture == fused_llama.ARCHITECTURE
+    model_class = fused_llama.FusedLlamaForCausalLM if ours else AutoModelForCausalLM
+    return model_class.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: int) -> Path:

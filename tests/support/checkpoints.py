@@ -47,6 +47,29 @@ def save_qwen3_5(folder: Path) -> Path:
     return _save(Qwen3_5ForCausalLM, config, folder)
 
 
+def save_fused_llama(folder: Path) -> Path:
+    """Save the two-layer model of ``fused_llama``, which every release's CPU build can run."""
+    from transformers import LlamaConfig
+
+    from support.fused_llama import FusedLlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return _save(FusedLlamaForCausalLM, config, folder)
+
+
 def save_qwen3_next(folder: Path) -> Path:
     """Save a Qwen3-Next without experts, which vLLM's processes build by ``dense_qwen3_next``."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
