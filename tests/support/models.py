@@ -80,6 +80,7 @@ class RankModel:
                 )
             finally:
                 torch.set_default_dtype(default)
+        self.model.float()  # some layers have a type of their own
         for parameter in self.model.parameters():
             parameter.data.zero_()  # rows that no checkpoint fills are equal on every instance
 
