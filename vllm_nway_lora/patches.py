@@ -80,9 +80,10 @@ class Group:
 def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
     # `from_layer` takes the first class that claims a layer. vLLM to 0.19.1 keeps them in a set,
     # whose order differs between processes; none but ours claims what ours claims first.
+    from vllm_nway_lora import unsharded
     from vllm_nway_lora.layer import NWayLinearWithLoRA
 
-    return (NWayLinearWithLoRA, *lora_classes)
+    return (NWayLinearWithLoRA, *unsharded.layer_classes(), *lora_classes)
 
 
 def _with_completed_mapping(function: Any) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
+from vllm.platforms.interface import DeviceCapability
+
 from support.family import (
     ALWAYS_EXACT,
     EXACT,
@@ -190,5 +194,73 @@ ATTENTION_FAMILIES = (
             ("padded", 16, (EXACT, EXACT)),
             ("without padding", 12, (REFUSED, REFUSED)),
         )
+    ),
+    *(
+        Family(
+            f"Step5, {kv_heads} KV heads",
+            {
+                "model_type": "step5",
+                "architectures": ["Step5ForCausalLM"],
+                "vocab_size": 128,
+                "hidden_size": HIDDEN,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 32,
+                "num_attention_groups": kv_heads,
+                "head_dim": 128,
+                "max_position_embeddings": 128,
+                "moe_layers_enum": "",
+                "use_head_wise_attn_gate": True,
+                "sliding_window": 16,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "partial_rotary_factors": [1.0, 1.0],
+                "sparse_config": {
+                    "sparse_indexer_num_heads": 2 * kv_heads,
+                    "index_tp_size": kv_heads,
+                },
+            },
+            (
+                *(
+                    Fused(
+                        f"{LAYER}.self_attn.qkvg_proj",
+                        {
+                            f"{LAYER}.self_attn.q_proj": 32 * 128,
+                            f"{LAYER}.self_attn.k_proj": kv_heads * 128,
+                            f"{LAYER}.self_attn.v_proj": kv_heads * 128,
+                            f"{LAYER}.self_attn.g_proj": 32,
+                        },
+                        UNWRAPPED,
+                    )
+                    for _ in range(kv_heads // 8)
+                ),
+                Fused(
+                    "model.layers.1.self_attn.qkv_indexer_proj",
+                    {
+                        "model.layers.1.self_attn.q_proj": 32 * 128,
+                        "model.layers.1.self_attn.k_proj": kv_heads * 128,
+                        "model.layers.1.self_attn.v_proj": kv_heads * 128,
+                        "model.layers.1.self_attn.sparse_indexer_q": 2 * kv_heads * 256,
+                        "model.layers.1.self_attn.sparse_indexer_k": 256,
+                        "model.layers.1.self_attn.sparse_indexer_z": 256,
+                        "model.layers.1.self_attn.g_proj": 32,
+                    },
+                    UNWRAPPED,
+                ),
+                Fused(
+                    "model.layers.1.self_attn.sparse_indexer_w",
+                    {"model.layers.1.self_attn.sparse_indexer_w": 2 * kv_heads},
+                    UNWRAPPED,
+                ),
+            ),
+            stubs=(
+                "vllm.config.vllm.VllmConfig._validate_v1_model_runner",
+                ("vllm.models.step5.nvidia.model.Attention", mock.MagicMock()),
+                "vllm.models.step5.nvidia.model.Step5SparseAttention",
+                ("vllm.platforms.cpu.CpuPlatform.get_device_capability", DeviceCapability(9, 0)),
+            ),
+            modules=("vllm.models.step5.nvidia.sparse_attention",),
+            since="0.33.0",
+        )
+        for kv_heads in (8, 2)
     ),
 )

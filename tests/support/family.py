@@ -39,7 +39,8 @@ class Family:
         config: of the checkpoint, ``config.json``.
         fused: its fused projections.
         stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
-            layer (LoRA on one needs Triton) or a GPU.
+            layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
+        modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
         since: the first release that has it, as vLLM has it now.
         until: the last release that has it; None if 0.33.0 does.
         sizes: tensor-parallel sizes that the model can be built for.
@@ -49,7 +50,8 @@ class Family:
     name: str
     config: Mapping[str, Any]
     fused: tuple[Fused, ...]
-    stubs: tuple[str, ...] = ()
+    stubs: tuple[str | tuple[str, Any], ...] = ()
+    modules: tuple[str, ...] = ()
     since: str = "0.17.0"
     until: str | None = None
     sizes: tuple[int, ...] = (1, 2, 4, 8)

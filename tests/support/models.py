@@ -149,7 +149,8 @@ class RankModel:
 
     def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         output = self._as_this_rank(lambda: self.model.get_submodule(name)(x))
-        return output[0] if isinstance(output, tuple) else output
+        # With the bias, which is None here; or in two parts (Step5's indexer).
+        return torch.cat([part for part in output if part is not None], -1) if isinstance(output, tuple) else output
 
 
 def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
@@ -147,6 +148,11 @@ def save_adapter(folder: Path, pairs: Mapping[str, tuple[torch.Tensor, torch.Ten
 @contextmanager
 def _stubbed(family: Family) -> Iterator[None]:
     with ExitStack() as stack:
-        for path in family.stubs:
-            stack.enter_context(mock.patch(path, return_value=None))
+        for module in family.modules:
+            # Not `patch.dict`, which forgets what else is imported meanwhile.
+            sys.modules[module] = mock.MagicMock()
+            stack.callback(sys.modules.pop, module)
+        for stub in family.stubs:
+            path, answer = stub if isinstance(stub, tuple) else (stub, None)
+            stack.enter_context(mock.patch(path, return_value=answer))
         yield
