@@ -263,4 +263,72 @@ ATTENTION_FAMILIES = (
         )
         for kv_heads in (8, 2)
     ),
+    Family(
+        "Inkling",
+        {
+            "model_type": "inkling_model",
+            "architectures": ["InklingForCausalLM"],
+            "vocab_size": 128,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "dense_mlp_idx": 1,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 16,
+            "d_rel": 4,
+            "rel_extent": 16,
+        },
+        (
+            Fused(
+                f"{LAYER}.attn.qkvr",
+                {
+                    "model.llm.layers.0.attn.wq_du": 128,
+                    "model.llm.layers.0.attn.wk_dv": 128,
+                    "model.llm.layers.0.attn.wv_dv": 128,
+                    "model.llm.layers.0.attn.wr_du": 32,
+                },
+                UNWRAPPED,
+            ),
+        ),
+        stubs=(
+            ("vllm.models.inkling.nvidia.model.InklingConvState", mock.MagicMock()),
+            "vllm.models.inkling.nvidia.model.initialize_lamport_rs_conv",
+        ),
+        since="0.33.0",
+    ),
+    Family(
+        "Qwen3.5, multimodal",
+        {
+            "model_type": "qwen3_5",
+            "architectures": ["Qwen3_5ForConditionalGeneration"],
+            "text_config": {**GDN, "model_type": "qwen3_5_text"},
+            "vision_config": {
+                "model_type": "qwen3_5",
+                "depth": 1,
+                "hidden_size": 64,
+                "num_heads": 8,
+                "intermediate_size": 64,
+                "out_hidden_size": HIDDEN,
+            },
+        },
+        (
+            Fused(
+                "language_model.model.layers.0.linear_attn.in_proj_qkvz",
+                {
+                    "model.language_model.layers.0.linear_attn.in_proj_qkv": 512,
+                    "model.language_model.layers.0.linear_attn.in_proj_z": 256,
+                },
+                (REFUSED,) * 4,
+            ),
+            Fused(
+                "language_model.model.layers.0.linear_attn.in_proj_ba",
+                {
+                    "model.language_model.layers.0.linear_attn.in_proj_b": 16,
+                    "model.language_model.layers.0.linear_attn.in_proj_a": 16,
+                },
+                ALWAYS_EXACT,
+            ),
+        ),
+    ),
 )

@@ -7,6 +7,7 @@ rank would. What ranks exchange under ``fully_sharded_loras`` is put together fr
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,10 @@ import torch
 
 MAX_LORAS = 4
 MAX_RANK = 8
+
+
+# vLLM has no LoRA on Inkling without this.
+os.environ["INKLING_MULTIMEM_AR"] = "0"
 
 
 class StandInGroup:
