@@ -25,6 +25,7 @@ from support.family import (
 _ALICE = "vllm.model_executor.models.alice_ai"
 
 _QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
+_DEEPSEEK4 = "vllm.models.deepseek_v4.nvidia.model"
 _GLM = "model.language_model.layers"
 
 ATTENTION_FAMILIES = (
@@ -297,38 +298,122 @@ ATTENTION_FAMILIES = (
         ),
         since="0.33.0",
     ),
-    Family(
-        "Qwen3.5, multimodal",
-        {
-            "model_type": "qwen3_5",
-            "architectures": ["Qwen3_5ForConditionalGeneration"],
-            "text_config": {**GDN, "model_type": "qwen3_5_text"},
-            "vision_config": {
-                "model_type": "qwen3_5",
-                "depth": 1,
-                "hidden_size": 64,
-                "num_heads": 8,
-                "intermediate_size": 64,
-                "out_hidden_size": HIDDEN,
+    *(
+        Family(
+            name,
+            {
+                "architectures": [architecture],
+                "text_config": {**GDN, "model_type": "qwen3_5_text"},
+                **config,
             },
+            (
+                Fused(
+                    "language_model.model.layers.0.linear_attn.in_proj_qkvz",
+                    {
+                        "model.language_model.layers.0.linear_attn.in_proj_qkv": 512,
+                        "model.language_model.layers.0.linear_attn.in_proj_z": 256,
+                    },
+                    (REFUSED,) * 4,
+                ),
+                Fused(
+                    "language_model.model.layers.0.linear_attn.in_proj_ba",
+                    {
+                        "model.language_model.layers.0.linear_attn.in_proj_b": 16,
+                        "model.language_model.layers.0.linear_attn.in_proj_a": 16,
+                    },
+                    ALWAYS_EXACT,
+                ),
+            ),
+            since=since,
+        )
+        for name, architecture, since, config in (
+            (
+                "Qwen3.5, multimodal",
+                "Qwen3_5ForConditionalGeneration",
+                "0.17.0",
+                {
+                    "model_type": "qwen3_5",
+                    "vision_config": {
+                        "model_type": "qwen3_5",
+                        "depth": 1,
+                        "hidden_size": 64,
+                        "num_heads": 8,
+                        "intermediate_size": 64,
+                        "out_hidden_size": HIDDEN,
+                    },
+                },
+            ),
+            (
+                "MiniCPM-V 4.6",
+                "MiniCPMV4_6ForConditionalGeneration",
+                "0.33.0",
+                {
+                    "model_type": "minicpmv4_6",
+                    "vision_config": {
+                        "model_type": "minicpmv4_6_vision",
+                        "num_hidden_layers": 1,
+                        "hidden_size": 64,
+                        "num_attention_heads": 8,
+                        "intermediate_size": 64,
+                    },
+                },
+            ),
+        )
+    ),
+    Family(
+        "DeepSeek-V4",
+        {
+            **COMMON,
+            "model_type": "deepseek_v4",
+            "architectures": ["DeepseekV4ForCausalLM"],
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 1,
+            "layer_types": ["compressed_sparse_attention"],
+            "mlp_layer_types": ["hash_moe"],
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "expert_dtype": "bf16",
+            "q_lora_rank": 24,
+            "o_lora_rank": 8,
+            "o_groups": 8,
+            "qk_rope_head_dim": 16,
+            "head_dim": 512,
+            "sliding_window": 16,
+            "index_topk": 32,
+            "index_head_dim": 128,
+            "index_n_heads": 64,
+            "hc_mult": 4,
         },
         (
             Fused(
-                "language_model.model.layers.0.linear_attn.in_proj_qkvz",
-                {
-                    "model.language_model.layers.0.linear_attn.in_proj_qkv": 512,
-                    "model.language_model.layers.0.linear_attn.in_proj_z": 256,
-                },
-                (REFUSED,) * 4,
-            ),
-            Fused(
-                "language_model.model.layers.0.linear_attn.in_proj_ba",
-                {
-                    "model.language_model.layers.0.linear_attn.in_proj_b": 16,
-                    "model.language_model.layers.0.linear_attn.in_proj_a": 16,
-                },
+                f"{LAYER}.attn.fused_wqa_wkv",
+                {"layers.0.attn.wq_a": 24, "layers.0.attn.wkv": 512},
                 ALWAYS_EXACT,
             ),
+            *(
+                Fused(
+                    f"{LAYER}.attn.{compressor}.fused_wkv_wgate",
+                    {
+                        f"layers.0.attn.{compressor}.wkv": rows,
+                        f"layers.0.attn.{compressor}.wgate": rows,
+                    },
+                    (IGNORED,) * 4,
+                    plugin=REFUSED,
+                    called=False,  # `torch.mm` on its weight, in attention.py
+                )
+                for compressor, rows in (("compressor", 1024), ("indexer.compressor", 256))
+            ),
         ),
+        stubs=(
+            f"{_DEEPSEEK4}.DeepseekV4MoE",
+            f"{_DEEPSEEK4}.DeepseekV4ForCausalLM.set_moe_parameters",
+            (f"{_DEEPSEEK4}.DeepseekV4Model.get_expert_mapping", []),
+            "torch.cuda.Stream",
+            "torch.cuda.Event",
+            ("vllm.platforms.cpu.CpuPlatform.get_device_capability", DeviceCapability(9, 0)),
+        ),
+        model_class=f"{_DEEPSEEK4}:DeepseekV4ForCausalLM",
+        since="0.33.0",
     ),
 )

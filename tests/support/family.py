@@ -21,6 +21,7 @@ class Fused:
             both again under ``fully_sharded_loras``.
         plugin: what this package makes of them.
         columns: width of its input.
+        called: False where the model multiplies by the layer's weight by itself.
     """
 
     layer: str
@@ -28,6 +29,7 @@ class Fused:
     stock: tuple[str, str, str, str]
     plugin: str = EXACT
     columns: int = HIDDEN
+    called: bool = True
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Family:
         stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
             layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
         modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
+        model_class: the class to build, as ``module:class``, where vLLM has another one for CPUs.
         since: the first release that has it, as vLLM has it now.
         until: the last release that has it; None if 0.33.0 does.
         sizes: tensor-parallel sizes that the model can be built for.
@@ -52,6 +55,7 @@ class Family:
     fused: tuple[Fused, ...]
     stubs: tuple[str | tuple[str, Any], ...] = ()
     modules: tuple[str, ...] = ()
+    model_class: str = ""
     since: str = "0.17.0"
     until: str | None = None
     sizes: tuple[int, ...] = (1, 2, 4, 8)

@@ -17,8 +17,9 @@ import torch
 import vllm
 from packaging.version import Version
 from safetensors.torch import save_file
+from vllm.model_executor.models import ModelRegistry
 
-from support.family import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
+from support.family import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family, Fused
 from support.models import MAX_RANK, RankModel, forward_all
 
 TOKENS = 5
@@ -73,7 +74,7 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tupl
                 adapter = {module: pairs[module] for module in subset}
                 merged = base | {m: base[m] + b @ a for m, (a, b) in adapter.items()}
                 expected = _reference(references, _checkpoint(merged) | required, layer, x)
-                verdicts.append(_verdict(ranks, adapter, layer, x, expected, unadapted))
+                verdicts.append(_verdict(ranks, adapter, fused, x, expected, unadapted))
             found.append((layer, min(verdicts, key=WORST_FIRST.index)))
     return found
 
@@ -89,7 +90,7 @@ def subsets(modules: list[str]) -> list[tuple[str, ...]]:
 def _verdict(
     ranks: list[RankModel],
     adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    layer: str,
+    fused: Fused,
     x: torch.Tensor,
     expected: list[torch.Tensor],
     unadapted: list[torch.Tensor],
@@ -101,10 +102,10 @@ def _verdict(
                 rank.add_adapter("adapter", 1, Path(folder))
                 rank.select(1, TOKENS)
         except Exception as error:
-            print(f"{layer}: {error}")
+            print(f"{fused.layer}: {error}")
             return REFUSED
         else:
-            outputs = forward_all(ranks, layer, x)
+            outputs = forward_all(ranks, fused.layer, x) if fused.called else _multiply(ranks, fused, x)
         finally:
             for rank in ranks:
                 rank.remove_adapter(1)
@@ -122,6 +123,11 @@ def _reference(
         rank.load(checkpoint)
         outputs.append(torch.nn.functional.linear(x, rank.model.get_submodule(layer).weight))
     return outputs
+
+
+def _multiply(ranks: list[RankModel], fused: Fused, x: torch.Tensor) -> list[torch.Tensor]:
+    layers = [rank.model.get_submodule(fused.layer) for rank in ranks]
+    return [torch.nn.functional.linear(x, layer.weight) for layer in layers]
 
 
 def _checkpoint(weights: Weights) -> Weights:
@@ -152,6 +158,8 @@ def _stubbed(family: Family) -> Iterator[None]:
             # Not `patch.dict`, which forgets what else is imported meanwhile.
             sys.modules[module] = mock.MagicMock()
             stack.callback(sys.modules.pop, module)
+        if family.model_class:
+            ModelRegistry.register_model(family.config["architectures"][0], family.model_class)
         for stub in family.stubs:
             path, answer = stub if isinstance(stub, tuple) else (stub, None)
             stack.enter_context(mock.patch(path, return_value=answer))
