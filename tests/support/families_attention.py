@@ -416,4 +416,33 @@ ATTENTION_FAMILIES = (
         model_class=f"{_DEEPSEEK4}:DeepseekV4ForCausalLM",
         since="0.33.0",
     ),
+    Family(
+        "openPangu with sinks",
+        {
+            **COMMON,
+            "model_type": "llama",  # its own configuration comes with the checkpoint
+            "architectures": ["PanguEmbeddedForCausalLM"],
+            "num_hidden_layers": 1,
+            "qk_nope_dim": 8,
+            "qk_rope_dim": 8,
+            "v_channels": 32,
+            "param_sink_number": 4,
+            "rope_theta": 1e4,
+            "n_routed_experts": None,
+        },
+        (
+            Fused(
+                f"{LAYER}.self_attn.qkv_proj",
+                {
+                    f"{LAYER}.self_attn.q_proj": 128,
+                    f"{LAYER}.self_attn.k_proj": 128,
+                    f"{LAYER}.self_attn.v_proj": 256,
+                },
+                UNWRAPPED,
+                # For q, k and v by themselves the model's loader raises.
+                stored_as=f"{LAYER}.self_attn.qkv_proj",
+            ),
+        ),
+        stubs=(("vllm.model_executor.models.openpangu.StaticSinkAttention", mock.MagicMock()),),
+    ),
 )

@@ -21,6 +21,7 @@ class Fused:
             both again under ``fully_sharded_loras``.
         plugin: what this package makes of them.
         columns: width of its input.
+        stored_as: the one module whose weight a checkpoint has in place of theirs, if it has.
         called: False where the model multiplies by the layer's weight by itself.
     """
 
@@ -29,6 +30,7 @@ class Fused:
     stock: tuple[str, str, str, str]
     plugin: str = EXACT
     columns: int = HIDDEN
+    stored_as: str = ""
     called: bool = True
 
 

@@ -47,7 +47,6 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tupl
         return torch.randint(-3, 4, shape, generator=generator).float()
 
     base: Weights = {}
-    required = {name: torch.zeros(shape) for name, shape in family.required.items()}
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for fused in family.fused:
         for module, rows in fused.modules.items():
@@ -60,7 +59,7 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tupl
         try:
             ranks = [RankModel(family.config, rank, size, fully_sharded) for rank in range(size)]
             for rank in ranks:
-                rank.load(_checkpoint(base) | required)
+                rank.load(_checkpoint(family, base))
                 rank.wrap()
                 rank.warm_up()
         except Exception:
@@ -68,12 +67,12 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tupl
             return [(fused.layer, FAILS) for fused in family.fused]
         for fused in family.fused:
             layer, x = fused.layer, inputs[fused.layer]
-            unadapted = _reference(references, _checkpoint(base) | required, layer, x)
+            unadapted = _reference(references, _checkpoint(family, base), layer, x)
             verdicts = []
             for subset in subsets(list(fused.modules)):
                 adapter = {module: pairs[module] for module in subset}
                 merged = base | {m: base[m] + b @ a for m, (a, b) in adapter.items()}
-                expected = _reference(references, _checkpoint(merged) | required, layer, x)
+                expected = _reference(references, _checkpoint(family, merged), layer, x)
                 verdicts.append(_verdict(ranks, adapter, fused, x, expected, unadapted))
             found.append((layer, min(verdicts, key=WORST_FIRST.index)))
     return found
@@ -130,8 +129,13 @@ def _multiply(ranks: list[RankModel], fused: Fused, x: torch.Tensor) -> list[tor
     return [torch.nn.functional.linear(x, layer.weight) for layer in layers]
 
 
-def _checkpoint(weights: Weights) -> Weights:
-    return {f"{module}.weight": weight for module, weight in weights.items()}
+def _checkpoint(family: Family, weights: Weights) -> Weights:
+    weights = dict(weights)
+    for fused in family.fused:
+        if fused.stored_as:
+            weights[fused.stored_as] = torch.cat([weights.pop(module) for module in fused.modules])
+    checkpoint = {f"{module}.weight": weight for module, weight in weights.items()}
+    return checkpoint | {name: torch.zeros(shape) for name, shape in family.required.items()}
 
 
 def save_adapter(folder: Path, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
