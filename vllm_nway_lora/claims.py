@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import (
 from vllm_nway_lora import settings
 from vllm_nway_lora.fusions import outputs_by_module
 from vllm_nway_lora.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
-from vllm_nway_lora.probe import parameter_loader, read_outputs, read_whole
+from vllm_nway_lora.probe import HANDED_ROWS_ATTRIBUTE, parameter_loader, read_outputs, read_whole
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -46,7 +46,7 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
         plan = refuse_all(_name(layer), modules, layer.output_size_per_partition, "")
         return dataclasses.replace(plan, refusals=refusals)
     try:
-        if isinstance(layer, MergedColumnParallelLinear):
+        if isinstance(layer, MergedColumnParallelLinear) or hasattr(layer, HANDED_ROWS_ATTRIBUTE):
             return _plan_merged(layer, packed_modules, refusals)
         if len(modules) == 1 and not isinstance(layer, QKVParallelLinear):
             return _plan_single(layer, modules)
@@ -70,7 +70,7 @@ def _plan_merged(
     halves = len(sizes) == 2 and (
         len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1])
     )
-    if halves and not refusals:
+    if halves and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
         # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
         if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
             return None

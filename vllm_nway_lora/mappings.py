@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_nway_lora import fusions
+from vllm_nway_lora import fusions, k2_horizon
 from vllm_nway_lora.claims import REFUSALS_ATTRIBUTE
 
 
@@ -27,6 +27,7 @@ def process_packed_modules_mapping(
     rename(model)
     mark_unservable(model)
     close_bypasses(model)
+    k2_horizon.prepare(model)
     return mapping
 
 

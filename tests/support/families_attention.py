@@ -18,6 +18,7 @@ from support.family import (
     LAYER,
     REFUSED,
     UNWRAPPED,
+    WRONG,
     Family,
     Fused,
 )
@@ -26,6 +27,7 @@ _ALICE = "vllm.model_executor.models.alice_ai"
 
 _QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
 _DEEPSEEK4 = "vllm.models.deepseek_v4.nvidia.model"
+_K2 = "vllm.model_executor.models.k2_horizon"
 _GLM = "model.language_model.layers"
 
 ATTENTION_FAMILIES = (
@@ -444,5 +446,57 @@ ATTENTION_FAMILIES = (
             ),
         ),
         stubs=(("vllm.model_executor.models.openpangu.StaticSinkAttention", mock.MagicMock()),),
+    ),
+    Family(
+        "K2-Horizon",
+        {
+            **COMMON,
+            "model_type": "qwen3_moe",  # its own configuration comes with the checkpoint
+            "architectures": ["K2HorizonForCausalLM"],
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "mlp_only_layers": [1],
+            "decoder_sparse_step": 1,
+            "num_experts": 8,
+            "mova_num_experts": 2,
+            "mova_num_experts_per_tok": 1,
+            "moe_gate_bias": False,
+            "router_score_func": "sigmoid",
+            "router_scaling_factor": 1.0,
+            "rope_head_dim": 8,
+            "query_key_norm": True,
+            "attention_bias": False,
+            "attention_gate_func": None,
+            "layernorm_num_groups": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        (
+            Fused(
+                f"{LAYER}.self_attn.qk_proj",
+                {f"{LAYER}.self_attn.q_proj": 128, f"{LAYER}.self_attn.k_proj": 32},
+                (WRONG,) * 4,
+            ),
+            Fused(
+                "model.layers.1.self_attn.qkv_proj",
+                {
+                    "model.layers.1.self_attn.q_proj": 128,
+                    "model.layers.1.self_attn.k_proj": 32,
+                    "model.layers.1.self_attn.v_proj": 32,
+                },
+                (WRONG,) * 4,
+            ),
+            Fused(
+                f"{LAYER}.self_attn.v_experts.1",
+                {f"{LAYER}.self_attn.v_experts.1": 32},
+                (IGNORED,) * 4,
+                plugin=REFUSED,
+                called=False,
+            ),
+        ),
+        stubs=(
+            f"{_K2}.K2HorizonSparseMoeBlock",
+            f"{_K2}.K2HorizonModel.get_expert_mapping",
+        ),
+        since="0.33.0",
     ),
 )
