@@ -67,9 +67,7 @@ def _plan_merged(
         return None  # not a LoRA target under any name: vLLM has no class for it either
     modules = list(packed_modules) or [_name(layer)]
     outputs: list[Output] | None = None
-    halves = len(sizes) == 2 and (
-        len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1])
-    )
+    halves = len(sizes) == 2 and (len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1]))
     if halves and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
         # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
         if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:

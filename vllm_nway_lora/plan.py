@@ -111,9 +111,9 @@ class FusionPlan:
                 f"{self.fused} has {len(self.modules)} modules ({', '.join(self.modules)}), "
                 f"but LoRA-B was given for {len(rows)}"
             )
-        for module, found in zip(self.modules, rows, strict=True):
-            if found is not None and module in self.refusals:
-                raise PlanError(f"module {module} of {self.fused}: {self.refusals[module]}")
+        for name, found in zip(self.modules, rows, strict=True):
+            if found is not None and name in self.refusals:
+                raise PlanError(f"module {name} of {self.fused}: {self.refusals[name]}")
         if self.by_rows:
             runs = partition_by_rows(self.fused, [s.rows for s in self.slices], self.modules, rows)
         else:

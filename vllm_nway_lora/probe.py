@@ -41,11 +41,14 @@ def read_outputs(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[
     shards: list[int | str] = list(range(len(layer.output_sizes)))
     sizes = list(layer.output_sizes)
     if isinstance(layer, QKVParallelLinear):
-        shards, sizes = ["q", "k", "v"], [
-            layer.total_num_heads * layer.head_size,
-            layer.total_num_kv_heads * layer.head_size,
-            layer.total_num_kv_heads * layer.v_head_size,
-        ]
+        shards, sizes = (
+            ["q", "k", "v"],
+            [
+                layer.total_num_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.head_size,
+                layer.total_num_kv_heads * layer.v_head_size,
+            ],
+        )
     handed = getattr(layer, HANDED_ROWS_ATTRIBUTE, {})
 
     def load(shard: int | str, rank: int, column: Parameter, rows: torch.Tensor) -> None:

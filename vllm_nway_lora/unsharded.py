@@ -18,7 +18,7 @@ class _KeepsLoRAAWhole(nn.Module):
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
-        super().create_lora_weights(max_loras, _without_sharding(lora_config), model_config)  # type: ignore[misc]
+        super().create_lora_weights(max_loras, _without_sharding(lora_config), model_config)
 
     @classmethod
     def can_replace_layer(
@@ -32,7 +32,7 @@ class _KeepsLoRAAWhole(nn.Module):
         """Return True for a layer that vLLM's class takes, but for ``fully_sharded_loras``."""
         return bool(
             lora_config.fully_sharded_loras
-            and super().can_replace_layer(  # type: ignore[misc]
+            and super().can_replace_layer(
                 source_layer, _without_sharding(lora_config), packed_modules_list, model_config
             )
         )

@@ -6,20 +6,18 @@ holds every line of it. Sizes are small, and divide by a tensor-parallel size of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from support.families_attention import ATTENTION_FAMILIES
+from support.families_delta import DELTA_FAMILIES
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
+    EXACT,
+    GDN,
+    GDN_LAYER,
     HALVES,
     HIDDEN,
     IGNORED,
     LAYER,
-    EXACT,
-    GDN,
-    GDN_LAYER,
     REFUSED,
     UNWRAPPED,
     VLLM,
@@ -214,4 +212,5 @@ FAMILIES = (
         (Fused(f"{LAYER}.short_conv.in_proj", {f"{LAYER}.conv.in_proj": 192}, UNWRAPPED),),
     ),
     *ATTENTION_FAMILIES,
+    *DELTA_FAMILIES,
 )

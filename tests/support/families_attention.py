@@ -1,4 +1,4 @@
-"""Families whose attention is their own: Kimi's and GLM's delta attention, sparse ones, and others."""
+"""Families with fused projections in their attention, beyond QKV."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from vllm.platforms.interface import DeviceCapability
 
 from support.family import (
     ALWAYS_EXACT,
-    EXACT,
-    FAILS,
-    IGNORED,
     COMMON,
-    GDN,
-    GDN_LAYER,
     HIDDEN,
+    IGNORED,
     LAYER,
     REFUSED,
     UNWRAPPED,
@@ -23,181 +19,11 @@ from support.family import (
     Fused,
 )
 
-_ALICE = "vllm.model_executor.models.alice_ai"
-
-_QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
 _DEEPSEEK4 = "vllm.models.deepseek_v4.nvidia.model"
 _K2 = "vllm.model_executor.models.k2_horizon"
-_GLM = "model.language_model.layers"
+_DEEPSEEK41 = "vllm.models.deepseek_v41.nvidia.model"
 
 ATTENTION_FAMILIES = (
-    Family(
-        "AliceAI",
-        {
-            **GDN,
-            "model_type": "qwen3_next",
-            "architectures": ["AliceAIForCausalLM"],
-            "linear_num_value_heads": 8,
-            "num_experts": 8,
-            "block_attn_res_block_size": 2,
-            "kda_allow_negative_eigenvalues": False,
-            "router_score_function": "sigmoid",
-            "router_bias_correction": True,
-        },
-        (
-            Fused(
-                f"{GDN_LAYER}.in_proj_qkvgfab",
-                {
-                    **{f"{GDN_LAYER}.{part}_proj": 128 for part in "qkv"},
-                    f"{GDN_LAYER}.b_proj": 8,
-                    f"{GDN_LAYER}.f_a_proj": 16,
-                },
-                # At warm-up, by an entry for `conv1d`. Without it: exact, wrong, ignored, ignored.
-                (FAILS,) * 4,
-            ),
-        ),
-        stubs=(
-            f"{_ALICE}.AliceAISparseMoeBlock",
-            f"{_ALICE}.is_model_fused_shared_expert_compatible",
-            f"{_ALICE}.AliceAIForCausalLM.set_moe_parameters",
-        ),
-        since="0.33.0",
-        required={
-            f"model.{name}": shape
-            for layer in ("attnres_final.", "layers.0.mlp_", "layers.1.mlp_", "layers.1.attn_")
-            for name, shape in (
-                (f"{layer}res_norm_weight", (HIDDEN,)),
-                (f"{layer}res_proj.weight", (1, HIDDEN)),
-            )
-        },
-    ),
-    Family(
-        "GLM-5-Next",
-        {
-            "model_type": "glm5_next",
-            "architectures": ["Glm5NextForConditionalGeneration"],
-            "text_config": {
-                **COMMON,
-                "model_type": "glm5_next_text",
-                "num_hidden_layers": 2,
-                "layer_types": ["linear_attention", "indexed_attention"],
-                "mlp_layer_types": ["dense", "dense"],
-                "n_routed_experts": 8,
-                "mhc": False,
-                "mla_use_nope": True,
-                "pad_token_id": 2,
-                "linear_head_dim": 16,
-                "linear_num_heads": 8,
-                "q_lora_rank": 24,
-                "kv_lora_rank": 32,
-                "qk_nope_head_dim": 16,
-                "v_head_dim": 16,
-                "index_topk": 32,
-                "index_head_dim": 128,
-                "index_n_heads": 4,
-                "index_kpool": 16,
-                "indexer_rope_interleave": True,
-            },
-            "vision_config": {
-                "model_type": "glm5_next_vision",
-                "depth": 1,
-                "hidden_size": 64,
-                "num_heads": 8,
-                "intermediate_size": 64,
-                "out_hidden_size": HIDDEN,
-            },
-        },
-        (
-            Fused(
-                "language_model.model.layers.0.self_attn.in_proj_qkvbfg_a",
-                {
-                    **{f"{_GLM}.0.self_attn.{part}_proj": 128 for part in "qkv"},
-                    f"{_GLM}.0.self_attn.b_proj": 8,
-                    f"{_GLM}.0.self_attn.f_a_proj": 16,
-                    f"{_GLM}.0.self_attn.g_a_proj": 16,
-                },
-                (REFUSED,) * 4,
-            ),
-            Fused(
-                "language_model.model.layers.1.self_attn.fused_qkv_a_proj",
-                {
-                    f"{_GLM}.1.self_attn.q_a_proj": 24,
-                    f"{_GLM}.1.self_attn.kv_a_proj_with_mqa": 32,
-                },
-                (REFUSED,) * 4,
-            ),
-            Fused(
-                "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
-                {f"{_GLM}.1.self_attn.indexer.wk": 128},
-                (REFUSED,) * 4,
-            ),
-            # Served past the layer: the indexer keeps a float32 copy of these rows.
-            Fused(
-                "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
-                {f"{_GLM}.1.self_attn.indexer.weights_proj": 4},
-                (REFUSED,) * 4,
-                plugin=REFUSED,
-            ),
-        ),
-        stubs=("vllm.model_executor.layers.mla.MLAAttention",),
-        since="0.33.0",
-    ),
-    *(
-        Family(
-            f"Qwen4-Exp, hyper-connections {how}",
-            {
-                **GDN,
-                "model_type": "qwen4_exp_text",
-                "architectures": ["Qwen4ExpForCausalLM"],
-                "layer_types": ["linear_attention", "indexed_attention"],
-                "num_experts": 8,
-                "num_experts_per_tok": 2,
-                "eos_token_id": 1,
-                "output_gate_type": "silu",
-                "hc_count": 4,
-                "hc_lowrank": lowrank,
-                "ple_layer_ids": [1],
-                "ple_embed_dim": 64,
-                "ngram_size": 2,
-                "heads_per_ngram": 1,
-                "ngram_vocab_size_base": 128,
-                "split_ngram_parts": 1,
-            },
-            (
-                Fused(
-                    f"{GDN_LAYER}.in_proj_qkvz",
-                    {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
-                    (REFUSED,) * 4,
-                ),
-                Fused(
-                    f"{LAYER}.attn_hyper_connection.input_mix_weight_down_block_inject",
-                    {
-                        f"{LAYER}.attn_hyper_connection.input_mix_weight_down": lowrank,
-                        f"{LAYER}.attn_hyper_connection.block_inject_weight": 4,
-                    },
-                    (*stock, IGNORED, IGNORED),
-                    columns=4 * HIDDEN,
-                ),
-                Fused(
-                    f"{LAYER}.ple.kv_proj",
-                    {f"{LAYER}.ple.key_proj": 4 * HIDDEN, f"{LAYER}.ple.value_proj": HIDDEN},
-                    ALWAYS_EXACT,
-                ),
-            ),
-            stubs=(
-                "vllm.models.qwen4_exp.nvidia.ple_layer.Qwen4ExpNGramEmbedding",
-                f"{_QWEN4}.Qwen4ExpSparseMoeBlock",
-                f"{_QWEN4}.is_model_fused_shared_expert_compatible",
-                f"{_QWEN4}.Qwen4ExpForCausalLM.set_moe_parameters",
-            ),
-            since="0.33.0",
-        )
-        # Padded to a multiple of 16 rows, as a third output that a phantom module stands for.
-        for how, lowrank, stock in (
-            ("padded", 16, (EXACT, EXACT)),
-            ("without padding", 12, (REFUSED, REFUSED)),
-        )
-    ),
     *(
         Family(
             f"Step5, {kv_heads} KV heads",
@@ -299,68 +125,6 @@ ATTENTION_FAMILIES = (
             "vllm.models.inkling.nvidia.model.initialize_lamport_rs_conv",
         ),
         since="0.33.0",
-    ),
-    *(
-        Family(
-            name,
-            {
-                "architectures": [architecture],
-                "text_config": {**GDN, "model_type": "qwen3_5_text"},
-                **config,
-            },
-            (
-                Fused(
-                    "language_model.model.layers.0.linear_attn.in_proj_qkvz",
-                    {
-                        "model.language_model.layers.0.linear_attn.in_proj_qkv": 512,
-                        "model.language_model.layers.0.linear_attn.in_proj_z": 256,
-                    },
-                    (REFUSED,) * 4,
-                ),
-                Fused(
-                    "language_model.model.layers.0.linear_attn.in_proj_ba",
-                    {
-                        "model.language_model.layers.0.linear_attn.in_proj_b": 16,
-                        "model.language_model.layers.0.linear_attn.in_proj_a": 16,
-                    },
-                    ALWAYS_EXACT,
-                ),
-            ),
-            since=since,
-        )
-        for name, architecture, since, config in (
-            (
-                "Qwen3.5, multimodal",
-                "Qwen3_5ForConditionalGeneration",
-                "0.17.0",
-                {
-                    "model_type": "qwen3_5",
-                    "vision_config": {
-                        "model_type": "qwen3_5",
-                        "depth": 1,
-                        "hidden_size": 64,
-                        "num_heads": 8,
-                        "intermediate_size": 64,
-                        "out_hidden_size": HIDDEN,
-                    },
-                },
-            ),
-            (
-                "MiniCPM-V 4.6",
-                "MiniCPMV4_6ForConditionalGeneration",
-                "0.33.0",
-                {
-                    "model_type": "minicpmv4_6",
-                    "vision_config": {
-                        "model_type": "minicpmv4_6_vision",
-                        "num_hidden_layers": 1,
-                        "hidden_size": 64,
-                        "num_attention_heads": 8,
-                        "intermediate_size": 64,
-                    },
-                },
-            ),
-        )
     ),
     Family(
         "DeepSeek-V4",
@@ -497,6 +261,71 @@ ATTENTION_FAMILIES = (
             f"{_K2}.K2HorizonSparseMoeBlock",
             f"{_K2}.K2HorizonModel.get_expert_mapping",
         ),
+        since="0.33.0",
+    ),
+    Family(
+        "DeepSeek-V4.1",
+        {
+            "model_type": "deepseek_v41",
+            "architectures": ["DeepseekV41LLMForCausalLM"],
+            "text_config": {
+                **COMMON,
+                "num_hidden_layers": 2,
+                "num_key_value_heads": 1,
+                "compress_ratios": [2, 1],
+                "kv_source_layer_ids": [0, 1],
+                "index_source_layer_ids": [0, 1],
+                "compress_rope_theta": 1e4,
+                "rope_theta": 1e4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "n_routed_experts": 8,
+                "num_experts_per_tok": 2,
+                "n_shared_experts": 1,
+                "moe_intermediate_size": 32,
+                "num_hash_layers": 0,
+                "scoring_func": "sqrtsoftplus",
+                "swiglu_limit": 10.0,
+                "expert_dtype": "bf16",
+                "q_lora_rank": 24,
+                "o_lora_rank": 8,
+                "o_groups": 8,
+                "qk_rope_head_dim": 64,
+                "head_dim": 512,
+                "sliding_window": 16,
+                "index_topk": 32,
+                "index_head_dim": 128,
+                "index_n_heads": 64,
+                "hc_mult": 4,
+                "hc_eps": 1e-6,
+                "hc_sinkhorn_iters": 1,
+            },
+        },
+        (
+            Fused(
+                f"{LAYER}.attn.fused_wqa_wkv",
+                {"layers.0.attn.wq_a": 24, "layers.0.attn.wkv": 512},
+                ALWAYS_EXACT,
+            ),
+            *(
+                Fused(
+                    f"model.layers.{layer}.attn.compressor.fused_wkv_wgate",
+                    {f"layers.{layer}.attn.compressor.{module}": 512 for module in modules},
+                    (IGNORED,) * 4,
+                    plugin=REFUSED,
+                    called=False,
+                )
+                for layer, modules in ((0, ("wkv", "wgate")), (1, ("wkv",)))
+            ),
+        ),
+        stubs=(
+            f"{_DEEPSEEK41}.DeepseekV4MoE",
+            f"{_DEEPSEEK41}.DeepseekV41LLMForCausalLM.set_moe_parameters",
+            (f"{_DEEPSEEK41}.DeepseekV4Model.get_expert_mapping", []),
+            "torch.cuda.Stream",
+            "torch.cuda.Event",
+            ("vllm.platforms.cpu.CpuPlatform.get_device_capability", DeviceCapability(9, 0)),
+        ),
+        model_class=f"{_DEEPSEEK41}:DeepseekV41LLMForCausalLM",
         since="0.33.0",
     ),
 )

@@ -31,7 +31,7 @@ class StandInGroup:
         self.world_size = size
         self.ranks = list(range(size))
         self.unique_name = f"stand-in:{rank}"
-        self.cpu_group = self.device_group = None
+        self.cpu_group = self.device_group = self.device_communicator = None
         self.sent: list[torch.Tensor] = []
         self.replies: list[torch.Tensor] = []
 
@@ -155,7 +155,11 @@ class RankModel:
     def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         output = self._as_this_rank(lambda: self.model.get_submodule(name)(x))
         # With the bias, which is None here; or in two parts (Step5's indexer).
-        return torch.cat([part for part in output if part is not None], -1) if isinstance(output, tuple) else output
+        return (
+            torch.cat([part for part in output if part is not None], -1)
+            if isinstance(output, tuple)
+            else output
+        )
 
 
 def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torch.Tensor]:

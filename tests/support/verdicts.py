@@ -54,7 +54,7 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tupl
             pairs[module] = integers(MAX_RANK, fused.columns), integers(rows, MAX_RANK)
     inputs = {fused.layer: integers(TOKENS, fused.columns) for fused in family.fused}
     found: list[tuple[str, str]] = []
-    with _stubbed(family):
+    with stubbed(family):
         references = [RankModel(family.config, rank, size) for rank in range(size)]
         try:
             ranks = [RankModel(family.config, rank, size, fully_sharded) for rank in range(size)]
@@ -104,7 +104,9 @@ def _verdict(
             print(f"{fused.layer}: {error}")
             return REFUSED
         else:
-            outputs = forward_all(ranks, fused.layer, x) if fused.called else _multiply(ranks, fused, x)
+            outputs = (
+                forward_all(ranks, fused.layer, x) if fused.called else _multiply(ranks, fused, x)
+            )
         finally:
             for rank in ranks:
                 rank.remove_adapter(1)
@@ -156,7 +158,7 @@ def save_adapter(folder: Path, pairs: Mapping[str, tuple[torch.Tensor, torch.Ten
 
 
 @contextmanager
-def _stubbed(family: Family) -> Iterator[None]:
+def stubbed(family: Family) -> Iterator[None]:
     with ExitStack() as stack:
         for module in family.modules:
             # Not `patch.dict`, which forgets what else is imported meanwhile.
