@@ -37,18 +37,6 @@ def read_outputs(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[
     Raises:
         PlanError: the ranks together do not hold every row of an output from its first to its last.
     """
-
-    shards: list[int | str] = list(range(len(layer.output_sizes)))
-    sizes = list(layer.output_sizes)
-    if isinstance(layer, QKVParallelLinear):
-        shards, sizes = (
-            ["q", "k", "v"],
-            [
-                layer.total_num_heads * layer.head_size,
-                layer.total_num_kv_heads * layer.head_size,
-                layer.total_num_kv_heads * layer.v_head_size,
-            ],
-        )
     handed = getattr(layer, HANDED_ROWS_ATTRIBUTE, {})
 
     def load(shard: int | str, rank: int, column: Parameter, rows: torch.Tensor) -> None:
@@ -66,8 +54,20 @@ def read_outputs(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[
             f"output {shard}",
             functools.partial(load, shard),
         )
-        for output, (shard, size) in enumerate(zip(shards, sizes, strict=True))
+        for output, (shard, size) in enumerate(_shards(layer))
     ]
+
+
+def _shards(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[tuple[int | str, int]]:
+    """Return, per output, its shard id and the rows that a checkpoint has for it."""
+    if isinstance(layer, QKVParallelLinear):
+        # Its `output_sizes` count a key or value head once per rank that has it.
+        return [
+            ("q", layer.total_num_heads * layer.head_size),
+            ("k", layer.total_num_kv_heads * layer.head_size),
+            ("v", layer.total_num_kv_heads * layer.v_head_size),
+        ]
+    return list(enumerate(layer.output_sizes))
 
 
 def read_whole(layer: Any, loader: Callable[..., None]) -> Output:

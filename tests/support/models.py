@@ -55,6 +55,7 @@ class RankModel:
         from vllm.config.lora import LoRAConfig
         from vllm.model_executor.model_loader.utils import initialize_model
 
+        _register_class(config["architectures"][0])
         self.group = StandInGroup(rank, size)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -171,6 +172,15 @@ def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torc
     for rank in ranks:
         rank.group.replies = [torch.cat(pieces, -1) for pieces in zip(*sent, strict=True)]
     return [rank.forward(name, x) for rank in ranks]
+
+
+def _register_class(architecture: str) -> None:
+    """Import a model class here: vLLM would look at it first in a process that imports all again."""
+    from vllm.model_executor.models import ModelRegistry
+
+    registered = ModelRegistry.models[architecture]
+    if hasattr(registered, "module_name"):
+        ModelRegistry.register_model(architecture, registered.load_model_cls())
 
 
 def _initialize_single_process() -> None:
