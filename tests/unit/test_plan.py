@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -227,8 +229,21 @@ def test_a_refusing_plan_refuses_with_its_reason() -> None:
     plan = refuse_all("fused", ["x", "y", "z"], 8, "because")
     assert sum(s.width for s in plan.slices) == 8
     assert [s.module for s in plan.slices] == ["x", "y", "z"]
-    with pytest.raises(PlanError, match="^because$"):
+    with pytest.raises(PlanError, match="^module z of fused: because$"):
         list(plan.assign([None, None, 3]))
+
+
+def test_a_plan_may_refuse_one_module_and_place_the_others() -> None:
+    outputs = [
+        Output(4, torch.tensor([0, 1, 2, 3, -1, -1])),
+        Output(2, torch.tensor([-1] * 4 + [0, 1])),
+    ]
+    plan = build_plan("fused", ["x", "y"], [[0], [1]], outputs)
+    plan = dataclasses.replace(plan, refusals={"y": "because"})
+    assert list(plan.assign([4, None])) == [(0, 0, slice(0, 4))]
+    for rows in ([None, 2], [4, 2]):
+        with pytest.raises(PlanError, match="^module y of fused: because$"):
+            list(plan.assign(rows))
 
 
 @pytest.mark.parametrize(
