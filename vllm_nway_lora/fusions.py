@@ -50,10 +50,23 @@ RENAMES: Mapping[str, Mapping[str, str]] = {
     "FalconH1ForCausalLM": {"mamba": "mamba.mamba"},
 }
 
+#: Subclasses of ``MergedColumnParallelLinear`` with a forward of their own that computes the same
+#: product, by another kernel.
+SAME_PRODUCT = frozenset(
+    {
+        # model_executor/models/deepseek_v2.py: a kernel for few tokens. Two names of one class, of
+        # 0.17.1 and of 0.33.0.
+        "DeepSeekV2FusedQkvAProj",
+        "DeepSeekV2FusedQkvAProjLinear",
+    }
+)
+
 #: (class of the layer's parent, layer's name) -> why LoRA on it cannot be exact.
 UNSERVABLE: Mapping[tuple[str, str], str] = {
     # model_executor/layers/mamba/mamba_mixer2.py and others: `conv1d.weight` goes to the kernel.
     ("MambaMixer2", "conv1d"): "its weight is read past any LoRA layer, by the convolution kernel",
+    # model_executor/models/plamo2.py to 0.26.0, load_weights: heads' gate and state rows are taken apart.
+    ("Plamo2MambaMixer", "in_proj"): "its model reorders its rows before the layer loads them",
     # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
     ("DeepseekCompressor", "fused_wkv_wgate"): (
         "its weight is read past any LoRA layer, by DeepSeek-V4's attention"

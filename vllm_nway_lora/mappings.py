@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -82,3 +83,24 @@ def mark_unservable(model: nn.Module) -> None:
             reason = fusions.UNSERVABLE.get((type(parent).__name__, name))
             if reason is not None:
                 setattr(layer, REFUSAL_ATTRIBUTE, reason)
+
+
+def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, kwargs: Any) -> None:
+    """Around the LoRA manager's method of that name: one LoRA layer per base layer.
+
+    To 0.21.0 vLLM wraps a layer that has two names in its model once for each (the MLA
+    projections: ``self_attn.X`` and ``self_attn.mla_attn.X``). Adapters go by the first name, the
+    forward by the second. Later releases let both names lead to the first LoRA layer; so does this.
+    """
+    wrapped(*args, **kwargs)
+    first: dict[int, Any] = {}
+    for name, module in list(manager.modules.items()):
+        if not isinstance(module, BaseLinearLayerWithLoRA):
+            continue
+        kept = first.setdefault(id(module.base_layer), module)
+        if kept is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(manager.model.get_submodule(parent), child, kept)
+            # Under this name no adapter has tensors, so vLLM would reset what the first name set.
+            del manager.modules[name]
+            manager.packed_modules.pop(name, None)

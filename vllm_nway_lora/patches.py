@@ -91,6 +91,12 @@ def _with_completed_mapping(function: Any) -> Any:
     return wrapt.FunctionWrapper(function, process_packed_modules_mapping)
 
 
+def _with_one_layer_per_base_layer(method: Any) -> Any:
+    from vllm_nway_lora.mappings import create_lora_modules
+
+    return wrapt.FunctionWrapper(method, create_lora_modules)
+
+
 def _with_loader_remembered(init: Any) -> Any:
     def __init__(wrapped: Any, mixer: Any, args: Any, kwargs: Any) -> None:
         from vllm_nway_lora.probe import remember
@@ -116,6 +122,18 @@ GROUPS = (
                 "process_packed_modules_mapping",
                 _with_completed_mapping,
                 parameters=("model",),
+            ),
+        ),
+    ),
+    # Needed to 0.21.0; from 0.22.0 on vLLM does the same by itself, and this finds nothing to do.
+    Group(
+        "vllm.lora.worker_manager",
+        (
+            Patch(
+                "layers-of-two-names",
+                "vllm.lora.model_manager",
+                "LoRAModelManager._create_lora_modules",
+                _with_one_layer_per_base_layer,
             ),
         ),
     ),

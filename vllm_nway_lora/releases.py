@@ -35,3 +35,11 @@ def support(version: str) -> Support:
     if Version(release.base_version) < FIRST:
         return Support.TOO_OLD
     return Support.TESTED if Version(release.public) in TESTED else Support.UNTESTED
+
+
+def gathers_what_is_whole(version: str) -> bool:
+    """Tell whether vLLM's LoRA on pairs gathers over all ranks what no rank lacks: to 0.24.0."""
+    try:
+        return Version(Version(version).base_version) < Version("0.25.0")
+    except InvalidVersion:
+        return False

@@ -40,7 +40,58 @@ def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
     )
 
 
+_QWEN3_5_IMAGES: Mapping[str, Any] = {
+    "model_type": "qwen3_5",
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "text_config": {**GDN, "model_type": "qwen3_5_text"},
+    "vision_config": {
+        "model_type": "qwen3_5",
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 8,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 2,
+        "num_position_embeddings": 16,
+    },
+}
+_IMAGES_LAYER = "language_model.model.layers.0.linear_attn"
+_IMAGES_MODULE = "model.language_model.layers.0.linear_attn"
+
 FAMILIES = (
+    *(
+        Family(
+            f"Qwen3.5 with images, {since} to {until}",
+            _QWEN3_5_IMAGES,
+            (
+                Fused(
+                    f"{_IMAGES_LAYER}.in_proj_qkvz",
+                    {f"{_IMAGES_MODULE}.in_proj_qkv": 512, f"{_IMAGES_MODULE}.in_proj_z": 256},
+                    (REFUSED,) * 4,
+                ),
+                Fused(
+                    f"{_IMAGES_LAYER}.in_proj_ba",
+                    {f"{_IMAGES_MODULE}.in_proj_b": 16, f"{_IMAGES_MODULE}.in_proj_a": 16},
+                    ALWAYS_EXACT,
+                ),
+            ),
+            since=since,
+            until=until,
+        )
+        for since, until in (("0.17.0", "0.18.1"), ("0.21.0", None))
+    ),
+    Family(
+        "Qwen3.5 with images, unfused for LoRA",
+        _QWEN3_5_IMAGES,
+        (
+            Fused(
+                f"{_IMAGES_LAYER}.in_proj_qkv", {f"{_IMAGES_MODULE}.in_proj_qkv": 512}, UNWRAPPED
+            ),
+            Fused(f"{_IMAGES_LAYER}.in_proj_z", {f"{_IMAGES_MODULE}.in_proj_z": 256}, ALWAYS_EXACT),
+        ),
+        since="0.19.0",
+        until="0.20.2",
+    ),
     Family(
         "Qwen3.5, Qwen3.6 and all with its gated delta net",
         {**GDN, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
@@ -56,6 +107,7 @@ FAMILIES = (
                 ALWAYS_EXACT,
             ),
         ),
+        since="0.21.0",
     ),
     Family(
         "Qwen3-Next",

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -107,7 +109,8 @@ class RankModel:
 
         def wrap() -> None:
             cpu = torch.device("cpu")
-            process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
+            with _convolutions_left_alone():
+                process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
@@ -144,6 +147,19 @@ def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torc
     for rank in ranks:
         rank.group.replies = [torch.cat(pieces, -1) for pieces in zip(*sent, strict=True)]
     return [rank.forward(name, x) for rank in ranks]
+
+
+def _convolutions_left_alone() -> AbstractContextManager[Any]:
+    """Have CPU weights packed for linear layers only: to 0.20.2 a convolution's fails there."""
+    from vllm.model_executor.layers import utils
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+
+    def pack_linear(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.dim() == 2:
+            pack(layer, remove_weight)
+
+    return mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", pack_linear)
 
 
 def _initialize_single_process() -> None:
