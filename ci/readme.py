@@ -63,7 +63,8 @@ def families() -> str:
             name = fused.layer.rpartition(".")[2]
             seen = "itself" if modules == name else modules
             label = f"{family.name} (to {family.until})" if family.until else family.name
-            stock = (_mark(verdict) for verdict in fused.stock)
+            # What stock made of families that are gone is not measured any more.
+            stock = ("",) * 4 if family.until else (_mark(verdict) for verdict in fused.stock)
             rows.append((label, f"`{name}`", seen, *stock, fused.plugin))
     headings = ("family", "fused projection", "adapter's modules")
     modes = ("TP=1", "TP>1", "sharded, TP=1", "sharded, TP>1")

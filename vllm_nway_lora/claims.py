@@ -8,6 +8,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import vllm
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 from vllm.model_executor import custom_op
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -15,8 +18,7 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
 )
 
-from vllm_nway_lora import settings
-from vllm_nway_lora.fusions import outputs_by_module
+from vllm_nway_lora import fusions, releases, settings
 from vllm_nway_lora.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
 from vllm_nway_lora.probe import HANDED_ROWS_ATTRIBUTE, parameter_loader, read_outputs, read_whole
 
@@ -70,15 +72,15 @@ def _plan_merged(
     halves = len(sizes) == 2 and (len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1]))
     if halves and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
         # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
-        if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
-            return None
-        outputs = read_outputs(layer)
-        if all(output.rows == size for output, size in zip(outputs, sizes, strict=True)):
+        if type(layer).weight_loader is not MergedColumnParallelLinear.weight_loader:
+            outputs = read_outputs(layer)
+        replicates = outputs and [output.rows for output in outputs] != list(sizes)
+        if not replicates and (len(modules) == 1 or _stock_takes_pairs(layer, modules)):
             return None
     plan = build_plan(
         _name(layer),
         modules,
-        outputs_by_module(_name(layer), modules, len(sizes)),
+        fusions.outputs_by_module(_name(layer), modules, len(sizes)),
         outputs or read_outputs(layer),
     )
     return dataclasses.replace(plan, refusals=refusals)
@@ -92,8 +94,31 @@ def _plan_single(layer: Any, modules: Sequence[str]) -> FusionPlan | None:
     return build_plan(_name(layer), modules, [[0]], [read_whole(layer, loader)])
 
 
+def _stock_takes_pairs(layer: Any, modules: Sequence[str]) -> bool:
+    """Tell whether vLLM has a LoRA class for a pair of outputs on ``layer`` that serves it.
+
+    To 0.19.1 it has none for subclasses: the engine does not start, or ignores the adapter. To
+    0.24.0 the one that it has gathers over all ranks what each holds whole; CPU kernels fail on that.
+    """
+    whole = layer.tp_size < get_tensor_model_parallel_world_size()
+    gathers = releases.defect("gathered-when-whole").messages(vllm.__version__) is not None
+    if whole and gathers:
+        return False
+    return bool(
+        MergedColumnParallelLinearWithLoRA.can_replace_layer(
+            source_layer=layer,
+            lora_config=None,
+            packed_modules_list=list(modules),
+            model_config=None,
+            decorate=False,  # whatever the mode: its sharded class asks this one
+        )
+    )
+
+
 def _has_own_forward(layer: Any) -> bool:
     """Tell a layer whose class computes something else than a column-parallel product."""
+    if type(layer).__name__ in fusions.SAME_PRODUCT:
+        return False
     # A platform's replacement for vLLM's class may be there (0.19.0 on); it computes the same.
     replacement = getattr(custom_op, "maybe_get_oot_by_class", lambda layer_class: layer_class)
     plain = (ColumnParallelLinear, MergedColumnParallelLinear)

@@ -54,6 +54,17 @@ RENAMES: Mapping[str, Mapping[str, str]] = {
 #: Source: models/qwen4_exp/nvidia/model.py; hyperconnection.py pads to a multiple of 16 rows.
 PADDING = frozenset({"_input_mix_padding"})
 
+#: Subclasses of ``MergedColumnParallelLinear`` with a forward of their own that computes the same
+#: product, by another kernel.
+SAME_PRODUCT = frozenset(
+    {
+        # model_executor/models/deepseek_v2.py: a kernel for few tokens. Two names of one class, of
+        # 0.17.1 and of 0.33.0.
+        "DeepSeekV2FusedQkvAProj",
+        "DeepSeekV2FusedQkvAProjLinear",
+    }
+)
+
 _CONVOLUTION = "its weight is read past any LoRA layer, by the convolution kernel"
 _COMPRESSOR = "its weight is read past any LoRA layer, by DeepSeek-V4's attention"
 
@@ -66,6 +77,10 @@ UNSERVABLE: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("", "q_conv1d"): {"q_conv1d": _CONVOLUTION},
     ("", "k_conv1d"): {"k_conv1d": _CONVOLUTION},
     ("", "v_conv1d"): {"v_conv1d": _CONVOLUTION},
+    # model_executor/models/plamo2.py to 0.26.0, load_weights: heads' gate and state rows are taken apart.
+    ("Plamo2MambaMixer", "in_proj"): {
+        "in_proj": "its model reorders its rows before the layer loads them"
+    },
     # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
     ("DeepseekCompressor", "fused_wkv_wgate"): {"wkv": _COMPRESSOR, "wgate": _COMPRESSOR},
     # models/glm5next/common/attention.py, Indexer.forward: `_wp_fp32`, made of the weight once.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -95,3 +96,24 @@ def close_bypasses(model: nn.Module) -> None:
         flag = fusions.BYPASSES.get(type(module).__name__)
         if flag is not None and hasattr(module, flag):
             setattr(module, flag, False)
+
+
+def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, kwargs: Any) -> None:
+    """Around the LoRA manager's method of that name: one LoRA layer per base layer.
+
+    To 0.21.0 vLLM wraps a layer that has two names in its model once for each (the MLA
+    projections: ``self_attn.X`` and ``self_attn.mla_attn.X``). Adapters go by the first name, the
+    forward by the second. Later releases let both names lead to the first LoRA layer; so does this.
+    """
+    wrapped(*args, **kwargs)
+    first: dict[int, Any] = {}
+    for name, module in list(manager.modules.items()):
+        if not isinstance(module, BaseLinearLayerWithLoRA):
+            continue
+        kept = first.setdefault(id(module.base_layer), module)
+        if kept is not module:
+            parent, _, child = name.rpartition(".")
+            setattr(manager.model.get_submodule(parent), child, kept)
+            # Under this name no adapter has tensors, so vLLM would reset what the first name set.
+            del manager.modules[name]
+            manager.packed_modules.pop(name, None)

@@ -127,12 +127,6 @@ def _wrapped(module: str, function: str) -> Callable[[Any], Any]:
     return wrap
 
 
-def _with_completed_mapping(function: Any) -> Any:
-    from vllm_nway_lora.mappings import process_packed_modules_mapping
-
-    return wrapt.FunctionWrapper(function, process_packed_modules_mapping)
-
-
 def _with_loader_remembered(init: Any) -> Any:
     def __init__(wrapped: Any, mixer: Any, args: Any, kwargs: Any) -> None:
         from vllm_nway_lora.probe import remember
@@ -158,7 +152,7 @@ GROUPS = (
                 "packed-modules-mapping",
                 "vllm.lora.model_manager",
                 "process_packed_modules_mapping",
-                _with_completed_mapping,
+                _wrapped("mappings", "process_packed_modules_mapping"),
                 parameters=("model",),
             ),
             Patch(
@@ -250,6 +244,19 @@ GROUPS = (
             ),
         ),
         ("reloaded-every-step",),
+    ),
+    # From 0.22.0 on vLLM does the same by itself.
+    Group(
+        "vllm.lora.worker_manager",
+        (
+            Patch(
+                "layers-of-two-names",
+                "vllm.lora.model_manager",
+                "LoRAModelManager._create_lora_modules",
+                _wrapped("mappings", "create_lora_modules"),
+            ),
+        ),
+        ("layers-of-two-names",),
     ),
     # Mamba2 sets a loader on the weight of its `in_proj`, which packing for CPU or quantisation drops.
     Group(

@@ -159,6 +159,13 @@ DEFECTS = (
         "LoRA that follows the loader of that projection. Not reported upstream as far as we know.",
     ),
     Defect(
+        "layers-of-two-names",
+        "An adapter on DeepSeek's latent-attention projections is ignored. Nothing is said.",
+        (Seen("0.17.0", "0.21.0"),),
+        (),
+        "One LoRA layer per base layer, as 0.22.0 did.",
+    ),
+    Defect(
         "served-in-part",
         "An adapter of which some tensors match no layer, or do not fit, is served without them.",
         (Seen("0.17.0", None),),

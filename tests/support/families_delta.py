@@ -221,7 +221,7 @@ DELTA_FAMILIES = (
             (
                 "Qwen3.5, multimodal",
                 "Qwen3_5ForConditionalGeneration",
-                "0.17.0",
+                "0.21.0",
                 {
                     "model_type": "qwen3_5",
                     "vision_config": {

@@ -14,6 +14,7 @@ from support.family import (
     HIDDEN,
     IGNORED,
     LAYER,
+    REFUSED,
     UNWRAPPED,
     VLLM,
     WRONG,
@@ -90,6 +91,31 @@ OTHER_FAMILIES = (
                 (IGNORED,) * 4,
             ),
         ),
+    ),
+    Family(
+        "PLaMo 2",
+        # transformers has no class for its configuration; any that keeps unknown fields will do.
+        {
+            **COMMON,
+            "model_type": "llama",
+            "architectures": ["Plamo2ForCausalLM"],
+            "num_hidden_layers": 2,
+            "hidden_size_per_head": 16,
+            "mamba_num_heads": 8,
+            "mamba_d_state": 16,
+            "mamba_d_conv": 4,
+            "mamba_step": 2,
+            "mamba_enabled": True,
+        },
+        (
+            Fused(
+                "model.layers.layers.0.mixer.in_proj",
+                {"model.layers.layers.0.mixer.in_proj": 256},
+                (WRONG,) * 4,
+                plugin=REFUSED,
+            ),
+        ),
+        until="0.26.0",
     ),
     Family(
         "Whisper",

@@ -10,8 +10,10 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -114,7 +116,8 @@ class RankModel:
 
         def wrap() -> None:
             cpu = torch.device("cpu")
-            process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
+            with _convolutions_left_alone():
+                process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
@@ -181,6 +184,19 @@ def _register_class(architecture: str) -> None:
     registered = ModelRegistry.models[architecture]
     if hasattr(registered, "module_name"):
         ModelRegistry.register_model(architecture, registered.load_model_cls())
+
+
+def _convolutions_left_alone() -> AbstractContextManager[Any]:
+    """Have CPU weights packed for linear layers only: to 0.20.2 a convolution's fails there."""
+    from vllm.model_executor.layers import utils
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+
+    def pack_linear(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.dim() == 2:
+            pack(layer, remove_weight)
+
+    return mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", pack_linear)
 
 
 def _initialize_single_process() -> None:
