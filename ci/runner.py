@@ -41,11 +41,16 @@ def run_pytest(
     return report
 
 
-def count(report: Path) -> dict[str, int]:
-    """Return how many tests of a JUnit report passed, failed (errors too) and were skipped."""
+def count(report: Path, path: str = "") -> dict[str, int]:
+    """Return how many tests below ``path`` passed, failed (errors too) and were skipped."""
     if not report.exists():
         return {"passed": 0, "failed": 1, "skipped": 0}
-    outcomes = [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
+    module = path.removesuffix(".py").replace("/", ".")
+    outcomes = [
+        outcome(case)
+        for case in ElementTree.parse(report).iter("testcase")
+        if f"{case.get('classname')}.".startswith(f"{module}." if module else "")
+    ]
     return {kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")}
 
 
