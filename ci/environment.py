@@ -86,8 +86,8 @@ def release_environment(release: str | None = None) -> Path:
     wanted = row(release)
     pins, distribution = [], wanted["distribution"]
     if release != "newest":
-        torchvision = matrix()["torchvision"][wanted["torch"]]
-        pins = [f"torch=={wanted['torch']}", f"torchvision=={torchvision}"]
+        together = {"torch": wanted["torch"], **matrix()["torch"][wanted["torch"]]}
+        pins = [f"{name}=={version}" for name, version in together.items()]
         distribution += f"=={release}"
     packages = [distribution, "torchvision", *TEST_REQUIREMENTS]
     python = _environment(f"vllm-{release}", packages, pins, wanted.get("python", sys.executable))

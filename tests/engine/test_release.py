@@ -1,6 +1,6 @@
 """One engine per release, tensor-parallel and fully sharded: every adapter equals PEFT.
 
-The model is Qwen3.5 where the release can run it on CPU, else the one of ``support.fused_llama``.
+The model is Qwen3.5 where the release serves its text model, else the one of ``support.fused_llama``.
 """
 
 from __future__ import annotations

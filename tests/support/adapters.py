@@ -35,7 +35,7 @@ FUSED_LLAMA = {
     "z": ("in_proj_z",),
     "ba": ("in_proj_ba",),
     "attention": ATTENTION,
-    "all": ("in_proj_qkv", "in_proj_z", "in_proj_ba", "down_proj", *ATTENTION),
+    "all": ("in_proj_qkv", "in_proj_z", "down_proj", *ATTENTION),
 }
 
 #: Adapters on Qwen3-Next, whose two projections are fused in the checkpoint already.

@@ -1,4 +1,4 @@
-"""A Llama with N-way fused projections, for engines of releases that cannot run Qwen3.5 on CPU.
+"""A Llama with N-way fused projections, for engines of releases that do not serve Qwen3.5's text model.
 
 Attention, norms and embeddings are Llama's. The MLP has Qwen3.5's fusion (outputs q, k, v, z; modules
 ``in_proj_qkv`` and ``in_proj_z``) and Qwen3-Next's (one module ``in_proj_ba`` of one output). Here is

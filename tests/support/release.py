@@ -30,7 +30,7 @@ class Served(NamedTuple):
 
 def make(root: Path) -> Served:
     """Save what the running vLLM is to serve below ``root``."""
-    qwen = Version(vllm.__version__) >= releases.QWEN3_5_ON_CPU
+    qwen = Version(vllm.__version__) >= releases.QWEN3_5_TEXT
     checkpoint = (save_qwen3_5 if qwen else save_fused_llama)(root / "model")
     adapters = {
         name: save_adapter(checkpoint, root / name, modules, seed)
