@@ -1,69 +1,98 @@
-"""What ``ci/demo.py`` runs: a tiny Qwen3.5, six adapters, a server without and with the plugin."""
+"""What ``ci/demo.py`` runs: tiny models and adapters, a server without and with the plugin."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from rich.console import Console
 from rich.table import Table
-from support.adapters import QWEN3_5, Reference, prompts, save_adapter
-from support.checkpoints import save_qwen3_5
+from support.adapters import QWEN3_5, QWEN3_NEXT, make, prompts
+from support.checkpoints import save_qwen3_5, save_qwen3_next
 from support.server import Server, ServerError
+
+
+class Model(NamedTuple):
+    """A model of the demo: how to save it, the modules of its adapters, how it is served."""
+
+    name: str
+    save: Callable[[Path], Path]
+    adapters: Mapping[str, Sequence[str]]
+    tensor_parallel_size: int
+
+
+MODELS = (
+    Model("Qwen3.5", save_qwen3_5, QWEN3_5, 1),
+    Model("Qwen3-Next", save_qwen3_next, QWEN3_NEXT, 2),
+)
 
 
 def main() -> int:
     """Print the table; return 0 if every adapter is exact with the plugin."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
-    tp = parser.parse_args().tensor_parallel_size
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    arguments = parser.parse_args()
     console = Console()
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        with console.status("making a tiny Qwen3.5 and its adapters"):
-            checkpoint = save_qwen3_5(root / "model")
-            adapters = {
-                name: save_adapter(checkpoint, root / name, modules, seed)
-                for seed, (name, modules) in enumerate(QWEN3_5.items())
-            }
-            reference = Reference(checkpoint, adapters)
-        verdicts: dict[bool, dict[str, str]] = {}
-        exact = True
-        for plugin in (False, True):
-            label = "with vllm-nway-lora" if plugin else "stock vLLM"
-            verdicts[plugin] = {}
-            console.print(f"starting the server, {label} (about a minute)")
-            with Server(checkpoint, root / "log", plugin=plugin, tensor_parallel_size=tp) as server:
-                for name, folder in adapters.items():
-                    console.print(f"  {label}: adapter {name}")
-                    try:
-                        server.load(name, folder)
-                        found = [
-                            reference.compare(name, server.complete(name, prompt))
-                            for prompt in prompts()
-                        ]
-                    except ServerError as error:
-                        verdicts[plugin][name] = f"refused: {_cause(str(error))}"
-                        exact = exact and not plugin
-                        continue
-                    worst = max(found, key=lambda comparison: comparison.error)
-                    verdicts[plugin][name] = (
-                        f"{'exact' if all(c.exact for c in found) else 'WRONG'}, "
-                        f"error {worst.error:.2f} of {worst.effect:.2f}"
-                    )
-                    exact = exact and (not plugin or all(c.exact for c in found))
-    table = Table(title="Qwen3.5 adapters: largest logprob error against PEFT, of the effect")
-    table.add_column("adapter on")
-    table.add_column("stock vLLM", overflow="fold")
-    table.add_column("with vllm-nway-lora")
-    for name in adapters:
-        table.add_row(name, verdicts[False][name], verdicts[True][name])
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in MODELS:
+            console.print(f"{model.name}: making a tiny checkpoint and its adapters")
+            rows += compare(model, Path(folder) / model.name, console)
+    table = Table(title="Largest error in logprob against PEFT, of the adapter's effect")
+    for heading in ("model", "adapter on", "stock vLLM", "with vllm-nway-lora"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(row["model"], row["adapter"], row["stock"], row["plugin"])
     console.print(table)
-    return 0 if exact else 1
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if all(row["plugin"].startswith("exact") for row in rows) else 1
+
+
+def compare(model: Model, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Serve every adapter of a model without and with the plugin; return a row for each."""
+    folder.mkdir()
+    served = make(folder, model.save, model.adapters)
+    verdicts: dict[bool, dict[str, str]] = {False: {}, True: {}}
+    for plugin, found in verdicts.items():
+        label = "with vllm-nway-lora" if plugin else "stock vLLM"
+        console.print(f"{model.name}: starting the server, {label} (about a minute)")
+        with Server(
+            served.folder,
+            folder / "log",
+            plugin=plugin,
+            tensor_parallel_size=model.tensor_parallel_size,
+        ) as server:
+            for name, path in served.adapters.items():
+                try:
+                    server.load(name, path)
+                    answers = [server.complete(name, prompt) for prompt in prompts()]
+                except ServerError as error:
+                    found[name] = f"refused: {_cause(str(error))}"
+                else:
+                    worst = max(
+                        (served.reference.compare(name, answer) for answer in answers),
+                        key=lambda comparison: comparison.error,
+                    )
+                    verdict = "exact" if worst.exact else "wrong"
+                    found[name] = f"{verdict}: {worst.error:.2f} of {worst.effect:.2f}"
+                console.print(f"  {name}: {found[name]}")
+    return [
+        {
+            "model": f"{model.name}, TP={model.tensor_parallel_size}",
+            "adapter": " + ".join(modules) if len(modules) < 3 else "every projection",
+            "stock": verdicts[False][name],
+            "plugin": verdicts[True][name],
+        }
+        for name, modules in model.adapters.items()
+    ]
 
 
 def _cause(message: str) -> str:

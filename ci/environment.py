@@ -6,11 +6,13 @@ Standard library only. Everything lies under a cache folder (``NWAY_LORA_CACHE``
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import tomllib
 
@@ -44,26 +46,54 @@ def uv() -> Path:
     return folder / "bin" / "uv"
 
 
+@functools.cache
+def matrix() -> dict[str, Any]:
+    """Return what ``ci/matrix.toml`` says."""
+    return tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
+
+
+def row(release: str) -> dict[str, Any]:
+    """Return what ``ci/matrix.toml`` says of a release; ``newest`` is whichever is published last.
+
+    Raises:
+        KeyError: it has no such release.
+    """
+    rows: dict[str, dict[str, Any]] = {**matrix()["release"], "newest": matrix()["newest"]}
+    return rows[release]
+
+
+@functools.cache
+def wheel() -> Path:
+    """Return the wheel under test: that of ``NWAY_LORA_WHEEL``, else one built now."""
+    if given := os.environ.get("NWAY_LORA_WHEEL"):
+        return Path(given).resolve()
+    say("building the wheel")
+    folder = CACHE / "wheels" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
+    run(uv(), "build", "--quiet", "--wheel", "--clear", "--out-dir", folder)
+    [built] = folder.glob("*.whl")
+    return built
+
+
 def release_environment(release: str | None = None) -> Path:
-    """Return the Python of a release's environment, made if need be, with a fresh wheel in it.
+    """Return the Python of a release's environment, made if need be, with the wheel in it.
 
     Raises:
         KeyError: ``ci/matrix.toml`` has no such release.
+        subprocess.CalledProcessError: it could not be made.
         RuntimeError: installing the wheel changed a distribution that was there before.
     """
-    matrix = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
-    release = release or str(matrix["default"])
-    row = matrix["release"][release]
-    pins = [f"torch=={row['torch']}", f"torchvision=={row['torchvision']}"]
-    packages = [f"{row['distribution']}=={release}", "torchvision", *TEST_REQUIREMENTS]
-    python = _environment(f"vllm-{release}", packages, pins)
-    say(f"building the wheel and installing it beside vLLM {release}")
-    wheels = CACHE / "wheels" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]
-    run(uv(), "build", "--quiet", "--wheel", "--clear", "--out-dir", wheels)
-    [wheel] = wheels.glob("*.whl")
+    release = release or str(matrix()["default"])
+    wanted = row(release)
+    pins, distribution = [], wanted["distribution"]
+    if release != "newest":
+        torchvision = matrix()["torchvision"][wanted["torch"]]
+        pins = [f"torch=={wanted['torch']}", f"torchvision=={torchvision}"]
+        distribution += f"=={release}"
+    packages = [distribution, "torchvision", *TEST_REQUIREMENTS]
+    python = _environment(f"vllm-{release}", packages, pins, wanted.get("python", sys.executable))
     before = _distributions(python)
     run(uv(), "pip", "install", "--quiet", "--python", python, "--reinstall-package",
-        "vllm-nway-lora", wheel)  # fmt: skip
+        "vllm-nway-lora", wheel())  # fmt: skip
     changed = before - _distributions(python)
     if changed:
         raise RuntimeError(f"installing the wheel changed {', '.join(sorted(changed))}")
@@ -72,7 +102,7 @@ def release_environment(release: str | None = None) -> Path:
 
 def lint_environment() -> Path:
     """Return the Python of the environment with ruff and mypy."""
-    return _environment("lint", LINT_REQUIREMENTS, [])
+    return _environment("lint", LINT_REQUIREMENTS, [], sys.executable)
 
 
 def _distributions(python: Path) -> set[str]:
@@ -82,13 +112,13 @@ def _distributions(python: Path) -> set[str]:
     return {line for line in listed.splitlines() if not line.startswith("vllm-nway-lora")}
 
 
-def _environment(name: str, packages: list[str], pins: list[str]) -> Path:
-    key = hashlib.sha256("\n".join([*packages, *pins]).encode()).hexdigest()[:12]
+def _environment(name: str, packages: list[str], pins: list[str], interpreter: str) -> Path:
+    key = hashlib.sha256("\n".join([*packages, *pins, interpreter]).encode()).hexdigest()[:12]
     folder = CACHE / "environments" / f"{name}-{key}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         say(f"making the environment {name} (once; the first takes some minutes)")
-        run(uv(), "venv", "--quiet", "--clear", "--python", sys.executable, folder)
+        run(uv(), "venv", "--quiet", "--clear", "--python", interpreter, folder)
         overrides = folder / "overrides.txt"
         overrides.write_text("\n".join(pins) + "\n")
         run(uv(), "pip", "install", "--quiet", "--python", python, "--index-strategy",

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import vllm
@@ -19,12 +20,12 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_nway_lora import fusions, releases, settings
 from vllm_nway_lora.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
-from vllm_nway_lora.probe import parameter_loader, read_outputs, read_whole
+from vllm_nway_lora.probe import HANDED_ROWS_ATTRIBUTE, parameter_loader, read_outputs, read_whole
 
 logger = logging.getLogger("vllm.nway_lora")
 
-#: On a base layer: why LoRA on it cannot be served, as :mod:`vllm_nway_lora.mappings` found.
-REFUSAL_ATTRIBUTE = "_nway_lora_refusal"
+#: On a base layer: module -> why LoRA on it cannot be served, as :mod:`vllm_nway_lora.mappings` found.
+REFUSALS_ATTRIBUTE = "_nway_lora_refusals"
 
 
 def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
@@ -42,12 +43,13 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
     if not isinstance(layer, ColumnParallelLinear) or _has_own_forward(layer):
         return None
     modules = list(packed_modules) or [_name(layer)]
-    reason = getattr(layer, REFUSAL_ATTRIBUTE, None)
-    if reason is not None:
-        return refuse_all(_name(layer), modules, layer.output_size_per_partition, reason)
+    refusals = getattr(layer, REFUSALS_ATTRIBUTE, {})
+    if refusals.keys() >= set(modules):
+        plan = refuse_all(_name(layer), modules, layer.output_size_per_partition, "")
+        return dataclasses.replace(plan, refusals=refusals)
     try:
-        if isinstance(layer, MergedColumnParallelLinear):
-            return _plan_merged(layer, packed_modules)
+        if isinstance(layer, MergedColumnParallelLinear) or hasattr(layer, HANDED_ROWS_ATTRIBUTE):
+            return _plan_merged(layer, packed_modules, refusals)
         if len(modules) == 1 and not isinstance(layer, QKVParallelLinear):
             return _plan_single(layer, modules)
     except PlanError as error:
@@ -59,27 +61,30 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
     return None
 
 
-def _plan_merged(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
+def _plan_merged(
+    layer: Any, packed_modules: Sequence[str], refusals: Mapping[str, str]
+) -> FusionPlan | None:
     sizes = layer.output_sizes
     if len(sizes) < 3 and not packed_modules:
         return None  # not a LoRA target under any name: vLLM has no class for it either
     modules = list(packed_modules) or [_name(layer)]
     outputs: list[Output] | None = None
-    if len(sizes) == 2 and (len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1])):
+    halves = len(sizes) == 2 and (len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1]))
+    made_for = halves and (len(modules) == 1 or _stock_takes_pairs(layer, modules))
+    if made_for and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
         # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
-        if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader and (
-            len(modules) == 1 or _stock_takes_pairs(layer, modules)
-        ):
+        if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
             return None
         outputs = read_outputs(layer)
         if all(output.rows == size for output, size in zip(outputs, sizes, strict=True)):
             return None
-    return build_plan(
+    plan = build_plan(
         _name(layer),
         modules,
         fusions.outputs_by_module(_name(layer), modules, len(sizes)),
         outputs or read_outputs(layer),
     )
+    return dataclasses.replace(plan, refusals=refusals)
 
 
 def _plan_single(layer: Any, modules: Sequence[str]) -> FusionPlan | None:

@@ -61,16 +61,39 @@ SAME_PRODUCT = frozenset(
     }
 )
 
-#: (class of the layer's parent, layer's name) -> why LoRA on it cannot be exact.
-UNSERVABLE: Mapping[tuple[str, str], str] = {
-    # model_executor/layers/mamba/mamba_mixer2.py and others: `conv1d.weight` goes to the kernel.
-    ("MambaMixer2", "conv1d"): "its weight is read past any LoRA layer, by the convolution kernel",
-    # model_executor/models/plamo2.py to 0.26.0, load_weights: heads' gate and state rows are taken apart.
-    ("Plamo2MambaMixer", "in_proj"): "its model reorders its rows before the layer loads them",
+#: Entries of ``packed_modules_mapping`` that stand for padding, and for nothing where there is none.
+#: Source: models/qwen4_exp/nvidia/model.py; hyperconnection.py pads to a multiple of 16 rows.
+PADDING = frozenset({"_input_mix_padding"})
+
+_CONVOLUTION = "its weight is read past any LoRA layer, by the convolution kernel"
+_COMPRESSOR = "its weight is read past any LoRA layer, by DeepSeek-V4's attention"
+
+#: (class of the layer's parent, layer's name) -> module -> why LoRA on it cannot be exact. The class
+#: is the end of its full name, and empty for any.
+UNSERVABLE: Mapping[tuple[str, str], Mapping[str, str]] = {
+    # model_executor/layers/mamba/mamba_mixer2.py, gdn/*.py and others, models/glm5next/common/kda.py:
+    # a `ColumnParallelLinear` that is never called, its weight unsqueezed to three dimensions.
+    ("", "conv1d"): {"conv1d": _CONVOLUTION},
+    ("", "q_conv1d"): {"q_conv1d": _CONVOLUTION},
+    ("", "k_conv1d"): {"k_conv1d": _CONVOLUTION},
+    ("", "v_conv1d"): {"v_conv1d": _CONVOLUTION},
+    # model_executor/models/plamo2.py to 0.26.0, load_weights: takes heads' gates and states apart.
+    ("Plamo2MambaMixer", "in_proj"): {
+        "in_proj": "its model reorders its rows before the layer loads them"
+    },
     # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
-    ("DeepseekCompressor", "fused_wkv_wgate"): (
-        "its weight is read past any LoRA layer, by DeepSeek-V4's attention"
-    ),
+    ("DeepseekCompressor", "fused_wkv_wgate"): {"wkv": _COMPRESSOR, "wgate": _COMPRESSOR},
+    # models/glm5next/common/attention.py, Indexer.forward: `_wp_fp32`, made of the weight once.
+    ("glm5next.common.attention.Indexer", "wk_weights_proj"): {
+        "weights_proj": "its weight is read past any LoRA layer, in float32, by GLM-5-Next's indexer"
+    },
+}
+
+#: Class -> its flag for a kernel that reads the weight of a fused projection past any LoRA layer,
+#: and that a plain call of the projection stands in for where the flag is False.
+BYPASSES: Mapping[str, str] = {
+    # models/qwen4_exp/nvidia/hyperconnection.py, _down_and_inject: up to 48 tokens, from SM90 on.
+    "GatedResidual": "_use_hc_down_silu",
 }
 
 

@@ -115,7 +115,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         a_list = [lora_a] if isinstance(lora_a, torch.Tensor) else list(lora_a)
         b_list = [lora_b] if isinstance(lora_b, torch.Tensor) else list(lora_b)
         try:
-            writes = self._check(a_list, b_list)
+            writes = self.check(a_list, b_list)
         except LoRATensorError:
             if not self._is_warm_up(b_list):
                 raise
@@ -136,17 +136,30 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             return _mcp_apply(x, bias, self)
         return super().apply(x, bias)
 
-    def _check(
-        self, lora_a: list[torch.Tensor | None], lora_b: list[torch.Tensor | None]
+    def check(
+        self, lora_a: Sequence[torch.Tensor | None], lora_b: Sequence[torch.Tensor | None]
     ) -> list[tuple[int, int, slice]]:
-        """Return what :meth:`FusionPlan.assign` says of tensors that fit; raise if one does not."""
+        """Hold tensors against the layer and write nothing.
+
+        Args:
+            lora_a: as for :meth:`set_lora`, one item per module.
+            lora_b: as for :meth:`set_lora`, one item per module.
+
+        Returns:
+            What :meth:`FusionPlan.assign` yields for them.
+
+        Raises:
+            LoRATensorError: a tensor does not fit.
+        """
         where = f"LoRA on {self.base_layer.prefix} (vLLM {vllm.__version__})"
         if len(lora_a) != len(lora_b):
             raise LoRATensorError(
                 f"{where}: {len(lora_a)} LoRA-A tensors but {len(lora_b)} LoRA-B tensors"
             )
+        # A number alone (0-D) has no rows.
+        rows = [None if b is None else b.shape[0] if b.ndim else 0 for b in lora_b]
         try:
-            writes = list(self.plan.assign([None if b is None else b.shape[0] for b in lora_b]))
+            writes = list(self.plan.assign(rows))
         except PlanError as error:
             raise LoRATensorError(f"{where}: {error}") from None
         max_rank = self.lora_config.max_lora_rank
@@ -158,7 +171,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
                 raise LoRATensorError(
                     f"{where}: module {module} has LoRA-{given} but no LoRA-{missing}"
                 )
-            rank = a.shape[0]
+            rank = a.shape[0] if a.ndim else 0
             if a.shape != (rank, self.input_size) or b.shape[1:] != (rank,) or rank > max_rank:
                 raise LoRATensorError(
                     f"{where}: module {module}: expected LoRA-A of shape (r, {self.input_size}) and "
@@ -174,7 +187,7 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         module, from 0.21.0 on one per slice.
         """
         return all(
-            b is not None and b.shape[0] == width and not b.any()
+            b is not None and b.shape[:1] == (width,) and not b.any()
             for b, width in zip(lora_b, self.output_slices, strict=False)
         )
 

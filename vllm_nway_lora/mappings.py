@@ -15,8 +15,8 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_nway_lora import fusions
-from vllm_nway_lora.claims import REFUSAL_ATTRIBUTE
+from vllm_nway_lora import fusions, k2_horizon
+from vllm_nway_lora.claims import REFUSALS_ATTRIBUTE
 
 
 def process_packed_modules_mapping(
@@ -27,6 +27,8 @@ def process_packed_modules_mapping(
     mapping = complete(model, wrapped(*args, **kwargs))
     rename(model)
     mark_unservable(model)
+    close_bypasses(model)
+    k2_horizon.prepare(model)
     return mapping
 
 
@@ -41,13 +43,15 @@ def complete(model: nn.Module, mapping: Mapping[str, list[str]]) -> dict[str, li
         for fused, modules in mapping.items()
         if fusions.UNUSABLE.get(fused) != frozenset(modules)
     }
-    merged: dict[str, int] = {}
+    merged: dict[str, int] = {}  # by name, as vLLM looks entries up
     for name, layer in model.named_modules():
         if isinstance(layer, MergedColumnParallelLinear):
             merged[name.rpartition(".")[2]] = len(layer.output_sizes)
     hidden = _hidden_entries(model)
     for fused, n_outputs in merged.items():
         if fused in mapping:
+            if fused in completed and len(completed[fused]) > n_outputs:
+                completed[fused] = [m for m in completed[fused] if m not in fusions.PADDING]
             continue
         modules = hidden.get(fused) or list(fusions.MISSING.get(fused, ()))
         if len(modules) in (1, n_outputs):
@@ -79,10 +83,19 @@ def rename(model: nn.Module) -> None:
 def mark_unservable(model: nn.Module) -> None:
     """Mark the layers that no LoRA layer can serve exactly, so that adapters on them are refused."""
     for parent in model.modules():
+        path = f"{type(parent).__module__}.{type(parent).__qualname__}"
         for name, layer in parent.named_children():
-            reason = fusions.UNSERVABLE.get((type(parent).__name__, name))
-            if reason is not None:
-                setattr(layer, REFUSAL_ATTRIBUTE, reason)
+            for (owner, child), refusals in fusions.UNSERVABLE.items():
+                if child == name and f".{path}".endswith(owner and f".{owner}"):
+                    setattr(layer, REFUSALS_ATTRIBUTE, refusals)
+
+
+def close_bypasses(model: nn.Module) -> None:
+    """Turn off the kernels that read a layer's weight past its LoRA, where the model has a way."""
+    for module in model.modules():
+        flag = fusions.BYPASSES.get(type(module).__name__)
+        if flag is not None and hasattr(module, flag):
+            setattr(module, flag, False)
 
 
 def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, kwargs: Any) -> None:

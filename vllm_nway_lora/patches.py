@@ -19,22 +19,22 @@ from vllm_nway_lora import releases, settings
 logger = logging.getLogger("vllm.nway_lora")
 
 
+class Missing(LookupError):
+    """Something of vLLM that a group needs is not there; the message names it."""
+
+
 @dataclass(frozen=True)
-class Patch:
-    """One attribute of vLLM that this package replaces.
+class Need:
+    """An attribute of vLLM that this package calls.
 
     Attributes:
-        name: what the patch is called in messages.
-        module: the module that has the attribute.
+        module: the module that has it.
         attribute: its path in there (``function`` or ``Class.method``).
-        replacement: from what vLLM has there to what goes there instead.
         parameters: names that a function there must take, beside any others.
     """
 
-    name: str
     module: str
     attribute: str
-    replacement: Callable[[Any], Any]
     parameters: tuple[str, ...] = ()
 
     def find(self) -> tuple[Any, str]:
@@ -49,19 +49,40 @@ class Patch:
             owner = getattr(owner, step, None)
         found = getattr(owner, name, None)
         if found is None:
-            raise Missing(f"{self.module}.{self.attribute} ({self.name})")
+            raise Missing(f"{self.module}.{self.attribute}")
         if self.parameters:
             lacking = set(self.parameters) - set(inspect.signature(found).parameters)
             if lacking:
                 raise Missing(
-                    f"the parameter {', '.join(sorted(lacking))} of "
-                    f"{self.module}.{self.attribute} ({self.name})"
+                    f"the parameter {', '.join(sorted(lacking))} of {self.module}.{self.attribute}"
                 )
         return owner, name
 
 
-class Missing(LookupError):
-    """Something of vLLM that a patch needs is not there; the message names it."""
+@dataclass(frozen=True)
+class Patch:
+    """One attribute of vLLM that this package replaces.
+
+    Attributes:
+        name: what the patch is called in messages.
+        module: as in :class:`Need`.
+        attribute: as in :class:`Need`.
+        replacement: from what vLLM has there to what goes there instead.
+        parameters: as in :class:`Need`.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    replacement: Callable[[Any], Any]
+    parameters: tuple[str, ...] = ()
+
+    def find(self) -> tuple[Any, str]:
+        """As :meth:`Need.find`; what is missing is said with the patch's name."""
+        try:
+            return Need(self.module, self.attribute, self.parameters).find()
+        except Missing as error:
+            raise Missing(f"{error} ({self.name})") from None
 
 
 @dataclass(frozen=True)
@@ -71,30 +92,45 @@ class Group:
     Attributes:
         anchor: the module whose import applies the group. It imports those of the patches, so that
             every target can be looked at before the first is replaced.
+        patches: what is replaced.
+        defects: what the group mends, by their names in :data:`releases.DEFECTS`. Where vLLM has
+            none of them, the group is not applied.
+        needs: what else of vLLM the replacements call.
     """
 
     anchor: str
     patches: tuple[Patch, ...]
+    defects: tuple[str, ...]
+    needs: tuple[Need, ...] = ()
+
+    def needed(self, version: str) -> bool:
+        """Tell whether ``version`` of vLLM has anything that the group mends."""
+        return any(releases.defect(name).messages(version) is not None for name in self.defects)
 
 
 def _with_our_layer_first(lora_classes: Any) -> tuple[type, ...]:
     # `from_layer` takes the first class that claims a layer. vLLM to 0.19.1 keeps them in a set,
     # whose order differs between processes; none but ours claims what ours claims first.
+    from vllm_nway_lora import unsharded
     from vllm_nway_lora.layer import NWayLinearWithLoRA
 
-    return (NWayLinearWithLoRA, *lora_classes)
+    return (NWayLinearWithLoRA, *unsharded.layer_classes(), *lora_classes)
+
+
+def _wrapped(module: str, function: str) -> Callable[[Any], Any]:
+    """Return what wraps an attribute in a function of this package, imported when applied."""
+
+    def wrap(original: Any) -> Any:
+        wrapper = getattr(importlib.import_module(f"vllm_nway_lora.{module}"), function)
+        return wrapt.FunctionWrapper(original, wrapper)
+
+    return wrap
 
 
 def _with_completed_mapping(function: Any) -> Any:
     from vllm_nway_lora.mappings import process_packed_modules_mapping
 
     return wrapt.FunctionWrapper(function, process_packed_modules_mapping)
-
-
-def _with_one_layer_per_base_layer(method: Any) -> Any:
-    from vllm_nway_lora.mappings import create_lora_modules
-
-    return wrapt.FunctionWrapper(method, create_lora_modules)
 
 
 def _with_loader_remembered(init: Any) -> Any:
@@ -107,9 +143,11 @@ def _with_loader_remembered(init: Any) -> Any:
     return wrapt.FunctionWrapper(init, __init__)
 
 
+_COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 _MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
 
 GROUPS = (
+    # In the workers: exact layers, and nothing but whole adapters on them.
     Group(
         "vllm.lora.worker_manager",
         (
@@ -123,9 +161,97 @@ GROUPS = (
                 _with_completed_mapping,
                 parameters=("model",),
             ),
+            Patch(
+                "admission",
+                "vllm.lora.worker_manager",
+                "WorkerLoRAManager._load_adapter",
+                _wrapped("admission", "load_adapter"),
+                ("lora_request",),
+            ),
+            Patch(
+                "adapter-tensors",
+                "vllm.lora.lora_model",
+                "LoRAModel.from_lora_tensors",
+                _wrapped("admission", "read_tensors"),
+                ("tensors", "peft_helper", "weights_mapper"),
+            ),
+            Patch(
+                "adapter-config",
+                "vllm.lora.peft_helper",
+                "PEFTHelper.from_dict",
+                _wrapped("admission", "read_config"),
+                ("config_dict",),
+            ),
+        ),
+        (
+            "fewer-modules-than-outputs",
+            "first-module-left-out",
+            "last-module-left-out",
+            "unwrapped-when-fully-sharded",
+            "one-module-cut-in-halves",
+            "gathered-when-whole",
+            "copied-lora-a",
+            "served-in-part",
+            "patterns-ignored",
+        ),
+        (
+            Need(_COLUMN_PARALLEL, "_mcp_apply", ("x", "bias", "layer")),
+            Need(_COLUMN_PARALLEL, "ColumnParallelLinearWithLoRA.apply", ("x", "bias")),
+            Need(
+                "vllm.lora.utils",
+                "from_layer",
+                ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"),
+            ),
+            Need(
+                "vllm.model_executor.layers.linear",
+                "MergedColumnParallelLinear.weight_loader",
+                ("param", "loaded_weight", "loaded_shard_id"),
+            ),
         ),
     ),
-    # Needed to 0.21.0; from 0.22.0 on vLLM does the same by itself, and this finds nothing to do.
+    # In the engine core: all ranks or none, and an adapter's failure is not the engine's.
+    Group(
+        "vllm.v1.engine.core",
+        (
+            Patch(
+                "all-ranks-or-none",
+                "vllm.v1.executor.abstract",
+                "Executor.add_lora",
+                _wrapped("containment", "add_lora"),
+                ("lora_request",),
+            ),
+            Patch(
+                "request-alone-fails",
+                "vllm.v1.engine.core",
+                "EngineCore.add_request",
+                _wrapped("containment", "add_request"),
+                ("request",),
+            ),
+            Patch(
+                "same-plugin-on-all-ranks",
+                "vllm.v1.engine.core",
+                "EngineCore.__init__",
+                _wrapped("containment", "start_engine"),
+                ("vllm_config", "executor_class"),
+            ),
+        ),
+        ("stale-replies", "request-ends-engine"),
+    ),
+    # In the API server.
+    Group(
+        "vllm.entrypoints.openai.models.serving",
+        (
+            Patch(
+                "load-inplace-once",
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.load_lora_adapter",
+                _wrapped("containment", "reset_load_inplace"),
+                ("request",),
+            ),
+        ),
+        ("reloaded-every-step",),
+    ),
+    # Where vLLM shares them itself, the patch is not needed, and would find nothing to do.
     Group(
         "vllm.lora.worker_manager",
         (
@@ -133,18 +259,23 @@ GROUPS = (
                 "layers-of-two-names",
                 "vllm.lora.model_manager",
                 "LoRAModelManager._create_lora_modules",
-                _with_one_layer_per_base_layer,
+                _wrapped("mappings", "create_lora_modules"),
             ),
         ),
+        ("two-names-two-layers",),
     ),
     # Mamba2 sets a loader on the weight of its `in_proj`, which packing for CPU or quantisation drops.
     Group(
-        _MAMBA2, (Patch("mamba2-loader", _MAMBA2, "MambaMixer2.__init__", _with_loader_remembered),)
+        _MAMBA2,
+        (Patch("mamba2-loader", _MAMBA2, "MambaMixer2.__init__", _with_loader_remembered),),
+        ("mamba2-one-group",),
     ),
 )
 
 #: (owner, attribute's name) -> what vLLM had there, per patch that is in place.
 _originals: dict[Patch, tuple[Any, str, Any]] = {}
+#: What was said already in this process: several groups may have the same to say.
+_said: set[str] = set()
 _active = False
 _hooked = False
 
@@ -163,12 +294,17 @@ def register() -> None:
             wrapt.register_post_import_hook(_on_import, group.anchor)
     else:
         for group in GROUPS:
-            if group.anchor in sys.modules:
+            if _active and group.anchor in sys.modules:
                 _apply(group)
 
 
 def unregister() -> None:
     """See :func:`vllm_nway_lora.unregister`."""
+    _undo()
+    _said.clear()
+
+
+def _undo() -> None:
     global _active
     _active = False
     for owner, name, original in _originals.values():
@@ -182,10 +318,9 @@ def applied() -> tuple[Patch, ...]:
 
 
 def _on_import(module: ModuleType) -> None:
-    if _active:
-        for group in GROUPS:
-            if group.anchor == module.__name__:
-                _apply(group)
+    for group in GROUPS:
+        if _active and group.anchor == module.__name__:
+            _apply(group)
 
 
 def _apply(group: Group) -> None:
@@ -197,30 +332,49 @@ def _apply(group: Group) -> None:
     if support is releases.Support.TOO_OLD:
         _stand_aside(f"vLLM {version} is older than {releases.FIRST}, the first that it serves")
         return
-    targets, missing = {}, []
-    for patch in group.patches:
+    if not group.needed(version):
+        names = ", ".join(patch.name for patch in group.patches)
+        _say(logging.INFO, f"vllm-nway-lora does without {names}: vLLM {version} needs it no more.")
+        return
+    parts: tuple[Need | Patch, ...] = (*group.needs, *group.patches)
+    originals, replacements, missing = {}, {}, []
+    for part in parts:
         try:
-            targets[patch] = patch.find()
+            owner, name = part.find()
+            if isinstance(part, Patch):
+                # Not `getattr`, which binds class methods.
+                originals[part] = (owner, name, inspect.getattr_static(owner, name))
         except Missing as error:
             missing.append(str(error))
+    if not missing:
+        try:
+            replacements = {p: p.replacement(found) for p, (_, _, found) in originals.items()}
+        except (ImportError, AttributeError) as error:  # from the imports of our own modules
+            missing.append(f"what this package imports: {error}")
     if missing:
         _stand_aside(f"vLLM {version} lacks {', '.join(missing)}")
         return
-    originals = {p: (owner, name, getattr(owner, name)) for p, (owner, name) in targets.items()}
-    replacements = {patch: patch.replacement(originals[patch][2]) for patch in originals}
     for patch, (owner, name, _) in originals.items():
         setattr(owner, name, replacements[patch])
     _originals.update(originals)
-    if support is releases.Support.UNTESTED:
-        logger.warning(
-            "vllm-nway-lora has not been tested on vLLM %s; all that it needs is there, so it is on. "
-            "%s=0 turns it off.",
-            version,
-            settings.VARIABLE,
+    # Once per process that builds LoRA layers.
+    if support is releases.Support.UNTESTED and group is GROUPS[0]:
+        _say(
+            logging.WARNING,
+            f"vllm-nway-lora has not been tested on vLLM {version}; all that it needs is there, so "
+            f"it is on. {settings.VARIABLE}=0 turns it off.",
         )
 
 
 def _stand_aside(reason: str) -> None:
+    """Undo what this process has, so that it has the whole of this package or nothing."""
+    _undo()
     if settings.read_mode() is settings.Mode.STRICT:
         raise RuntimeError(f"{settings.VARIABLE}=strict: vllm-nway-lora cannot be on: {reason}.")
-    logger.warning("vllm-nway-lora stands aside and leaves vLLM as it is: %s.", reason)
+    _say(logging.WARNING, f"vllm-nway-lora stands aside and leaves vLLM as it is: {reason}.")
+
+
+def _say(level: int, text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        logger.log(level, "%s", text)

@@ -9,8 +9,8 @@ and which rows of LoRA-B those are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -82,7 +82,7 @@ class FusionPlan:
         slices: one per module, in output order; or, where ``by_rows``, one per output.
         by_rows: which outputs each module covers is not known by name, and is told by the row
             counts of each adapter (see :meth:`assign`).
-        refusal: why no adapter can be served on this projection; empty where one can.
+        refusals: module -> why no adapter on it can be served; empty where all can.
 
     The slices' widths add up to the width of the rank's fused output.
     """
@@ -91,7 +91,7 @@ class FusionPlan:
     modules: tuple[str, ...]
     slices: tuple[Slice, ...]
     by_rows: bool = False
-    refusal: str = ""
+    refusals: Mapping[str, str] = field(default_factory=dict)
 
     def assign(self, rows: Sequence[int | None]) -> Iterator[tuple[int, int, slice]]:
         """Say which rows of which module's LoRA-B each slice takes.
@@ -103,15 +103,17 @@ class FusionPlan:
             ``(module index, slice index, rows of that module's LoRA-B)`` per slice to be written.
 
         Raises:
-            PlanError: the row counts do not fit this projection, or fit it in several ways.
+            PlanError: the row counts do not fit this projection, or fit it in several ways, or a
+                module with rows is one of ``refusals``.
         """
-        if self.refusal:
-            raise PlanError(self.refusal)
         if len(rows) != len(self.modules):
             raise PlanError(
                 f"{self.fused} has {len(self.modules)} modules ({', '.join(self.modules)}), "
                 f"but LoRA-B was given for {len(rows)}"
             )
+        for name, found in zip(self.modules, rows, strict=True):
+            if found is not None and name in self.refusals:
+                raise PlanError(f"module {name} of {self.fused}: {self.refusals[name]}")
         if self.by_rows:
             runs = partition_by_rows(self.fused, [s.rows for s in self.slices], self.modules, rows)
         else:
@@ -200,7 +202,7 @@ def refuse_all(fused: str, modules: Sequence[str], width: int, reason: str) -> F
         )
         for name, start, stop in zip(modules, bounds, bounds[1:], strict=False)
     )
-    return FusionPlan(fused, tuple(modules), slices, refusal=reason)
+    return FusionPlan(fused, tuple(modules), slices, refusals=dict.fromkeys(modules, reason))
 
 
 def _locate(fused: str, module: str, outputs: Sequence[Output]) -> tuple[int, torch.Tensor]:

@@ -16,15 +16,19 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
 from vllm_nway_lora.plan import Output, PlanError
+
+#: On a base layer: output index -> the rows of a checkpoint, as its model hands them to the layer's
+#: loader, where that is not all of them in order. See :mod:`vllm_nway_lora.k2_horizon`.
+HANDED_ROWS_ATTRIBUTE = "_nway_lora_handed_rows"
 
 #: On a base layer: the weight loader that its model set on the weight, kept by :func:`remember`.
 _LOADER_ATTRIBUTE = "_nway_lora_weight_loader"
 
 
-def read_outputs(layer: MergedColumnParallelLinear) -> list[Output]:
+def read_outputs(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[Output]:
     """Return where ``layer``'s weight loader places each output's rows on this layer's rank.
 
     The loader is the class's ``weight_loader`` run on a column of its own, never on ``layer.weight``:
@@ -33,8 +37,9 @@ def read_outputs(layer: MergedColumnParallelLinear) -> list[Output]:
     Raises:
         PlanError: the ranks together do not hold every row of an output from its first to its last.
     """
+    handed = getattr(layer, HANDED_ROWS_ATTRIBUTE, {})
 
-    def load(shard: int, rank: int, column: Parameter, rows: torch.Tensor) -> None:
+    def load(shard: int | str, rank: int, column: Parameter, rows: torch.Tensor) -> None:
         own_rank = layer.tp_rank
         try:
             layer.tp_rank = rank
@@ -43,9 +48,26 @@ def read_outputs(layer: MergedColumnParallelLinear) -> list[Output]:
             layer.tp_rank = own_rank
 
     return [
-        _read(layer, size, f"output {shard}", functools.partial(load, shard))
-        for shard, size in enumerate(layer.output_sizes)
+        _read(
+            layer,
+            handed.get(output, torch.arange(size)),
+            f"output {shard}",
+            functools.partial(load, shard),
+        )
+        for output, (shard, size) in enumerate(_shards(layer))
     ]
+
+
+def _shards(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[tuple[int | str, int]]:
+    """Return, per output, its shard id and the rows that a checkpoint has for it."""
+    if isinstance(layer, QKVParallelLinear):
+        # Its `output_sizes` count a key or value head once per rank that has it.
+        return [
+            ("q", layer.total_num_heads * layer.head_size),
+            ("k", layer.total_num_kv_heads * layer.head_size),
+            ("v", layer.total_num_kv_heads * layer.v_head_size),
+        ]
+    return list(enumerate(layer.output_sizes))
 
 
 def read_whole(layer: Any, loader: Callable[..., None]) -> Output:
@@ -60,7 +82,7 @@ def read_whole(layer: Any, loader: Callable[..., None]) -> Output:
     """
     return _read(
         layer,
-        layer.output_size,
+        torch.arange(layer.output_size),
         "its one output",
         lambda rank, column, rows: _for_rank(layer, loader, rank)(column, rows),
     )
@@ -100,25 +122,27 @@ def _for_rank(layer: Any, loader: Callable[..., None], rank: int) -> Callable[..
     return made
 
 
-def _read(layer: Any, size: int, what: str, load: Callable[..., None]) -> Output:
-    columns = [_load_indices(layer, rank, size, load) for rank in range(layer.tp_size)]
+def _read(layer: Any, rows: torch.Tensor, what: str, load: Callable[..., None]) -> Output:
+    columns = [_load_indices(layer, rank, rows, load) for rank in range(layer.tp_size)]
     held = torch.cat([column[column >= 0] for column in columns]).unique()
     # A replicated output's `output_sizes` entry is inflated by the number of ranks (loaders of
     # Kimi's and GLM-5-Next's layers); what the ranks really hold is what a checkpoint has.
     if not torch.equal(held, torch.arange(len(held))) or not len(held):
         raise PlanError(
             f"{layer.prefix}: its weight loader places rows {held.tolist()[:8]}... of {what} "
-            f"({size} rows) on the {layer.tp_size} ranks, which leaves rows out"
+            f"({len(rows)} rows) on the {layer.tp_size} ranks, which leaves rows out"
         )
     return Output(rows=len(held), column=columns[layer.tp_rank])
 
 
-def _load_indices(layer: Any, rank: int, size: int, load: Callable[..., None]) -> torch.Tensor:
-    """Run the loader as ``rank`` would on the indices 0 to ``size - 1``; -1 where it loads none."""
+def _load_indices(
+    layer: Any, rank: int, rows: torch.Tensor, load: Callable[..., None]
+) -> torch.Tensor:
+    """Run the loader as ``rank`` would on row indices; -1 where it loads none."""
     column = Parameter(
         torch.full((layer.output_size_per_partition, 1), -1, dtype=torch.int64, device="cpu"),
         requires_grad=False,
     )
     column.output_dim, column.input_dim = 0, 1
-    load(rank, column, torch.arange(size, dtype=torch.int64, device="cpu").unsqueeze(1))
+    load(rank, column, rows.to("cpu").unsqueeze(1))
     return column.data.squeeze(1)

@@ -20,13 +20,14 @@ class Mode(enum.Enum):
     ON = "1"
     OFF = "0"
     STRICT = "strict"
+    LENIENT = "lenient"
 
 
 def read_mode() -> Mode:
     """Return the mode that the environment asks for; unset or empty is ``Mode.ON``.
 
     Raises:
-        ValueError: the value is none of ``1``, ``0`` and ``strict``.
+        ValueError: the value is none of ``1``, ``0``, ``strict`` and ``lenient``.
     """
     value = os.environ.get(VARIABLE, "").strip().lower() or Mode.ON.value
     try:
@@ -35,7 +36,8 @@ def read_mode() -> Mode:
         raise ValueError(
             f"{VARIABLE}={os.environ[VARIABLE]!r} is not a value of this variable. Set it to one "
             "of: 1 (on, the default), 0 (off: vLLM is left as it is), strict (refuse to start "
-            "where vllm-nway-lora cannot do its whole job)."
+            "where vllm-nway-lora cannot do its whole job), lenient (serve adapters without the "
+            "modules that have no layer in the model)."
         ) from None
 
 

@@ -8,26 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.adapters import QWEN3_5, Reference, prompts, save_adapter
+from support.adapters import QWEN3_5, Served, make, prompts
 from support.checkpoints import save_qwen3_5
 from support.server import Server, ServerError
 
 
-class Checkpoint(NamedTuple):
-    folder: Path
-    adapters: dict[str, Path]
-    reference: Reference
-
-
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    root = tmp_path_factory.mktemp("qwen3_5")
-    folder = save_qwen3_5(root / "model")
-    adapters = {
-        name: save_adapter(folder, root / name, modules, seed)
-        for seed, (name, modules) in enumerate(QWEN3_5.items())
-    }
-    return Checkpoint(folder, adapters, Reference(folder, adapters))
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return make(tmp_path_factory.mktemp("qwen3_5"), save_qwen3_5, QWEN3_5)
 
 
 class Setup(NamedTuple):
@@ -45,7 +33,7 @@ class Setup(NamedTuple):
     ),
 )  # fmt: skip
 def server(
-    request: pytest.FixtureRequest, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, checkpoint: Served, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server with the plugin on, half of the adapters given on its command line."""
     setup: Setup = request.param
@@ -67,14 +55,14 @@ def server(
         yield running
 
 
-def test_every_adapter_equals_peft(server: Server, checkpoint: Checkpoint) -> None:
+def test_every_adapter_equals_peft(server: Server, checkpoint: Served) -> None:
     for name in checkpoint.adapters:
         for prompt in prompts():
             comparison = checkpoint.reference.compare(name, server.complete(name, prompt))
             assert comparison.exact, (name, comparison)
 
 
-def test_adapters_share_batches(server: Server, checkpoint: Checkpoint) -> None:
+def test_adapters_share_batches(server: Server, checkpoint: Served) -> None:
     requests = [(name, prompt) for prompt in prompts() for name in checkpoint.adapters]
     with ThreadPoolExecutor(len(requests)) as pool:
         answers = pool.map(lambda r: server.complete(*r, score_prompt=False), requests)
@@ -83,13 +71,13 @@ def test_adapters_share_batches(server: Server, checkpoint: Checkpoint) -> None:
             assert comparison.exact, (name, comparison)
 
 
-def test_the_base_model_is_as_it_was(server: Server, checkpoint: Checkpoint) -> None:
+def test_the_base_model_is_as_it_was(server: Server, checkpoint: Served) -> None:
     for prompt in prompts():
         comparison = checkpoint.reference.compare(None, server.complete(server.models()[0], prompt))
         assert comparison.error < 0.2, comparison
 
 
-def test_unload_and_load_again(server: Server, checkpoint: Checkpoint) -> None:
+def test_unload_and_load_again(server: Server, checkpoint: Served) -> None:
     for name in ("z", "qkv"):
         server.unload(name)
         with pytest.raises(ServerError, match="404"):
@@ -110,7 +98,7 @@ def test_the_plugin_says_that_it_is_on(server: Server) -> None:
     assert len(workers) == len(lines)  # one line per worker, none elsewhere
 
 
-def test_stock_vllm_refuses_z_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_stock_vllm_refuses_z_alone(checkpoint: Served, tmp_path: Path) -> None:
     """The defect that this package mends; fails when upstream mends it (vllm-project/vllm#57851)."""
     with Server(checkpoint.folder, tmp_path / "log", plugin=False) as stock:
         with pytest.raises(ServerError, match="Cannot determine how to split lora_b with 512 rows"):

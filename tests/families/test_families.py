@@ -16,19 +16,24 @@ from support.verdicts import family_verdicts, runs_here
 
 import vllm_nway_lora
 
-SIZES = (1, 2, 4, 8)
 HERE = [family for family in FAMILIES if runs_here(family)]
 #: The table tells what stock vLLM does from this release on; before, more of it was wrong.
 TABLE_SINCE = Version("0.29.0")
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
-@pytest.mark.parametrize("size", SIZES, ids="tp{}".format)
-@pytest.mark.parametrize("family", HERE, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [
+        pytest.param(family, size, id=f"{family.name}-tp{size}")
+        for family in HERE
+        for size in family.sizes
+    ],
+)
 def test_family(family: Family, size: int, fully_sharded: bool) -> None:
     vllm_nway_lora.register()
     verdicts = family_verdicts(family, size, fully_sharded)
-    assert verdicts == {fused.layer: fused.plugin for fused in family.fused}
+    assert verdicts == [(fused.layer, fused.plugin) for fused in family.fused]
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
@@ -42,4 +47,4 @@ def test_stock(family: Family, size: int, fully_sharded: bool) -> None:
     vllm_nway_lora.unregister()
     verdicts = family_verdicts(family, size, fully_sharded)
     mode = (size > 1) + 2 * fully_sharded
-    assert verdicts == {fused.layer: fused.stock[mode] for fused in family.fused}
+    assert verdicts == [(fused.layer, fused.stock[mode]) for fused in family.fused]

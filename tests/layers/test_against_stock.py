@@ -1,15 +1,22 @@
 """What vLLM's own classes do with the same layers: where they are right, and each way they are not.
 
-A test of a defect fails when upstream has mended it: that is the time to retire our answer to it.
+What is expected of a release is what ``vllm_nway_lora.releases`` says of it. A test of a defect fails
+when upstream has mended it: that is the time to retire our answer to it.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
+import vllm
 from support import layers
-from support.layers import Case, Fusion
+from support.layers import Case, Fusion, Result
 from support.ranks import Ranks
+
+from vllm_nway_lora import releases
 
 QKVZ = Fusion("in_proj_qkvz", (32, 32, 64, 64), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
 ONE_OF_ONE = Fusion("in_proj_qkvz", (48,), ("in_proj_qkvz",), ((0,),))
@@ -18,17 +25,36 @@ FOUR_OF_FOUR = Fusion("in_proj_qkvg", (8, 8, 8, 8), tuple("qkvg"), ((0,), (1,), 
 QKV, Z = (0,), (1,)
 
 
+def messages(defect: str) -> tuple[str, ...] | None:
+    return releases.defect(defect).messages(vllm.__version__)
+
+
+def run_stock(ranks: Ranks, case: Case, *defects: str) -> list[Result]:
+    """Run a case on vLLM's own classes.
+
+    Where the running release has one of ``defects``, see it fail as the table says; return nothing.
+    """
+    if not case.fully_sharded and ranks.size > 1:
+        defects = (*defects, "gathered-when-whole")
+    words = [re.escape(message) for defect in defects for message in messages(defect) or ()]
+    if not words:
+        return ranks.run(layers.run, case.stock())
+    with pytest.raises(RuntimeError, match="|".join(words)):
+        ranks.run(layers.run, case.stock())
+    return []
+
+
 @pytest.mark.parametrize("prefill", [True, False], ids=["prefill", "decode"])
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
 def test_same_bits_from_half_the_slices(ranks: Ranks, fully_sharded: bool, prefill: bool) -> None:
-    adapters = ((*QKV, *Z), (*QKV, *Z), QKV)
-    case = Case(QKVZ, adapters, fully_sharded=fully_sharded, prefill=prefill)
-    ours, theirs = ranks.run(layers.run, case), ranks.run(layers.run, case.stock())
-    for mine, stock in zip(ours, theirs, strict=True):
-        assert mine.layer_class == "NWayLinearWithLoRA"
+    case = Case(QKVZ, ((*QKV, *Z),) * 3, fully_sharded=fully_sharded, prefill=prefill)
+    ours, theirs = ranks.run(layers.run, case), run_stock(ranks, case, "fewer-modules-than-outputs")
+    assert {(mine.layer_class, mine.n_slices) for mine in ours} == {("NWayLinearWithLoRA", 2)}
+    for mine, stock in zip(ours, theirs):
+        assert messages("copied-lora-a") is not None
         assert stock.layer_class.startswith("MergedColumnParallelLinearWith")
         assert torch.equal(mine.output, stock.output)
-        assert (mine.n_slices, stock.n_slices) == (2, 4)
+        assert stock.n_slices == 4
         assert mine.lora_a_bytes * 2 == stock.lora_a_bytes
         assert mine.gathered_columns * 2 == stock.gathered_columns
 
@@ -38,13 +64,24 @@ def test_two_equal_outputs_stay_with_vllm(ranks: Ranks, modules: int) -> None:
     groups = ((0,), (1,)) if modules == 2 else ((0, 1),)
     fusion = Fusion("gate_up_proj", (16, 16), ("gate_proj", "up_proj")[:modules], groups)
     case = Case(fusion, ((0,),))
-    (ours, *_), (theirs, *_) = ranks.run(layers.run, case), ranks.run(layers.run, case.stock())
-    assert ours.layer_class == theirs.layer_class != "NWayLinearWithLoRA"
+    ours, theirs = (set(ranks.run(layers.layer_class, c)) for c in (case, case.stock()))
+    assert ours == theirs != {"NWayLinearWithLoRA"}
 
 
-def test_stock_cannot_load_z_alone(ranks: Ranks) -> None:
-    with pytest.raises(RuntimeError, match="ValueError: Cannot determine how to split lora_b"):
-        ranks.run(layers.run, Case(QKVZ, (Z,), plugin=False))
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize(
+    ("adapted", "defect"),
+    [(Z, "first-module-left-out"), (QKV, "last-module-left-out")],
+    ids=["z", "qkv"],
+)
+def test_stock_with_one_module_of_two(
+    ranks: Ranks, adapted: tuple[int, ...], defect: str, fully_sharded: bool
+) -> None:
+    case = Case(QKVZ, (adapted,), fully_sharded=fully_sharded)
+    theirs = run_stock(ranks, case, defect)
+    if theirs:
+        output = layers.assemble(QKVZ, [stock.output for stock in theirs])
+        assert torch.equal(output, layers.dense(case))
 
 
 @pytest.mark.parametrize("fusion", [ONE_OF_FIVE, FOUR_OF_FOUR], ids=["1of5", "4of4"])
@@ -55,9 +92,16 @@ def test_stock_ignores_three_outputs_or_more_when_fully_sharded(
         layers.layer_class, Case(fusion, ((0,),), fully_sharded=True, plugin=False)
     )
     assert set(layer_classes) == {"MergedColumnParallelLinear"}
+    # The model's owner says the words; they are in its source, over several lines.
+    from vllm.lora import model_manager
+
+    source = re.sub(r'"\s+f?"', "", inspect.getsource(model_manager))
+    [words] = messages("unwrapped-when-fully-sharded") or ()
+    assert words in source
 
 
 def test_stock_cuts_one_output_into_halves(ranks: Ranks) -> None:
+    assert messages("one-module-cut-in-halves") == ()
     case = Case(ONE_OF_ONE, ((0,),), plugin=False)
     output = layers.assemble(ONE_OF_ONE, [r.output for r in ranks.run(layers.run, case)])
     error = (output - layers.dense(case)).abs().max().item()

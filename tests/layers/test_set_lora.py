@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from support import layers
 from support.layers import INPUT_SIZE, Fusion
 from support.ranks import Ranks
@@ -70,3 +72,44 @@ def test_places_unlisted_modules_by_rows_where_only_one_way_fits(ranks: Ranks) -
 def test_takes_the_dummies_of_the_warm_up(ranks: Ranks, fusion: Fusion) -> None:
     for message in ranks.run(layers.warm_up, fusion):
         assert not message
+
+
+def shapes(*good: int) -> st.SearchStrategy[tuple[int, ...] | None]:
+    """Draw the good shape, none, one near it, or any."""
+    near = st.tuples(*(st.sampled_from([n, n - 1, n + 1, n // 2, 2 * n, 0]) for n in good))
+    other = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    return st.one_of(st.just(good), st.just(good), st.none(), near, other)
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]:
+    rank = draw(st.sampled_from([RANK, 1, layers.MAX_RANK, layers.MAX_RANK + 1]))
+    pairs = [
+        (draw(shapes(rank, INPUT_SIZE)), draw(shapes(rows, rank))) for rows in (ROWS_QKV, ROWS_Z)
+    ]
+    return pairs + draw(
+        st.lists(st.just(pairs[0]), max_size=1) if draw(st.booleans()) else st.just([])
+    )
+
+
+def fits(pairs: list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]) -> bool:
+    return len(pairs) == 2 and all(
+        a is b is None
+        or (a == ((b or (0, -1))[-1], INPUT_SIZE) and b == (rows, a[0]) and a[0] <= layers.MAX_RANK)
+        for (a, b), rows in zip(pairs, (ROWS_QKV, ROWS_Z))
+    )
+
+
+@given(pairs=adapters())
+@settings(max_examples=200, deadline=None, database=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+def test_any_shapes_are_taken_or_refused(
+    ranks: Ranks, pairs: list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]
+) -> None:
+    lora_a, lora_b = ([half and ones(*half) for half in halves] for halves in zip(*pairs))
+    # A number alone is a tensor too.
+    for tensors, halves in ((lora_a, [a for a, _ in pairs]), (lora_b, [b for _, b in pairs])):
+        tensors[:] = [ones() if half == () else t for t, half in zip(tensors, halves)]
+    for message, unchanged in ranks.run(layers.try_set, QKVZ, lora_a, lora_b):
+        assert bool(message) == (not fits(pairs)), message
+        assert unchanged == bool(message)

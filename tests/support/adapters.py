@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,11 +28,39 @@ QWEN3_5 = {
     "all": GDN + ATTENTION + MLP,
 }
 
+#: Adapters on the model of ``fused_llama``, likewise.
+FUSED_LLAMA = {
+    "qkv+z": ("in_proj_qkv", "in_proj_z"),
+    "qkv": ("in_proj_qkv",),
+    "z": ("in_proj_z",),
+    "ba": ("in_proj_ba",),
+    "attention": ATTENTION,
+    "all": ("in_proj_qkv", "in_proj_z", "in_proj_ba", "down_proj", *ATTENTION),
+}
+
+#: Adapters on Qwen3-Next, whose two projections are fused in the checkpoint already.
+QWEN3_NEXT = {
+    "qkvz": ("in_proj_qkvz",),
+    "ba": ("in_proj_ba",),
+    "all": ("in_proj_qkvz", "in_proj_ba", "out_proj", *ATTENTION, *MLP),
+}
+
+#: Adapters on the hybrids whose fused projection is one module; alone, so that it alone is at fault.
+GRANITE_HYBRID = {"in_proj": ("in_proj",)}
+LFM2 = {"in_proj": ("in_proj",)}
+
 
 def _model(checkpoint: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    from support import fused_llama
+
+    logging.disable_progress_bar()
+    [architecture] = json.loads((checkpoint / "config.json").read_text())["architectures"]
+    ours = architecture == fused_llama.ARCHITECTURE
+    model_class = fused_llama.FusedLlamaForCausalLM if ours else AutoModelForCausalLM
+    return model_class.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: int) -> Path:
@@ -47,6 +76,25 @@ def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: i
             parameter.data = values.bfloat16().float()
     model.save_pretrained(folder)
     return folder
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server is tested with: a checkpoint, adapters on it, and PEFT's answers."""
+
+    folder: Path
+    adapters: dict[str, Path]
+    reference: Reference
+
+
+def make(root: Path, save: Callable[[Path], Path], adapters: Mapping[str, Sequence[str]]) -> Served:
+    """Save a checkpoint below ``root`` and random adapters on the modules that each one names."""
+    folder = save(root / "model")
+    saved = {
+        name: save_adapter(folder, root / name, modules, seed)
+        for seed, (name, modules) in enumerate(adapters.items())
+    }
+    return Served(folder, saved, Reference(folder, saved))
 
 
 class Reference:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,34 +12,125 @@ WEIGHT_STD = 0.08
 VOCAB_SIZE = 512
 
 
-def save_qwen3_5(folder: Path) -> Path:
-    """Save a Qwen3.5 text model: two gated-delta-net layers, one full-attention layer.
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": WEIGHT_STD,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+# Two gated-delta-net layers and one of full attention. Head dims are those that vLLM's CPU kernels
+# accept (attention 64, GDN 128); four value heads and two key heads leave tensor parallelism of 2 a
+# whole number of heads per rank.
+_GDN: dict[str, Any] = {
+    **_SMALL,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
 
-    Head dims are those that vLLM's CPU kernels accept (attention 64, GDN 128); four value heads
-    and two key heads leave tensor parallelism of 2 a whole number of heads per rank.
-    """
+
+def save_qwen3_5(folder: Path) -> Path:
+    """Save a Qwen3.5 text model."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(
+    config = Qwen3_5TextConfig(**_GDN)
+    return _save(Qwen3_5ForCausalLM, config, folder)
+
+
+def save_fused_llama(folder: Path) -> Path:
+    """Save the two-layer model of ``fused_llama``, which every release's CPU build can run."""
+    from transformers import LlamaConfig
+
+    from support.fused_llama import FusedLlamaForCausalLM
+
+    config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        layer_types=["linear_attention", "linear_attention", "full_attention"],
-        num_attention_heads=4,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=64,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=128,
-        linear_value_head_dim=128,
         max_position_embeddings=512,
         initializer_range=WEIGHT_STD,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    return _save(Qwen3_5ForCausalLM, config, folder)
+    return _save(FusedLlamaForCausalLM, config, folder)
+
+
+def save_qwen3_next(folder: Path) -> Path:
+    """Save a Qwen3-Next without experts, which vLLM's processes build by ``dense_qwen3_next``."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(**_GDN, mlp_only_layers=[0, 1, 2], num_experts=0)
+    return _save(Qwen3NextForCausalLM, config, folder)
+
+
+def save_granite_hybrid(folder: Path) -> Path:
+    """Save a Granite 4 hybrid: two Mamba2 layers of one group and one of attention, no experts."""
+    from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+    config = GraniteMoeHybridConfig(
+        **_SMALL,
+        layer_types=["mamba", "mamba", "attention"],
+        mamba_n_heads=4,
+        mamba_d_head=64,
+        mamba_d_state=64,
+        mamba_n_groups=1,
+        mamba_expand=2,
+        mamba_chunk_size=64,
+        num_local_experts=0,
+        shared_intermediate_size=256,
+        attention_multiplier=1 / 8,
+        position_embedding_type="rope",
+    )
+    return _save(GraniteMoeHybridForCausalLM, config, folder)
+
+
+def save_lfm2(folder: Path) -> Path:
+    """Save an LFM2: two short convolutions and one layer of attention."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        **_SMALL,
+        layer_types=["conv", "conv", "full_attention"],
+        conv_L_cache=3,
+        block_auto_adjust_ff_dim=False,
+    )
+    return _save(Lfm2ForCausalLM, config, folder)
+
+
+def save_llama(folder: Path) -> Path:
+    """Save a Llama of four layers, whose fused projections vLLM's own LoRA classes serve."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return _save(LlamaForCausalLM, config, folder)
 
 
 def _save(model_class: type, config: object, folder: Path) -> Path:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from support.families_attention import ATTENTION_FAMILIES
+from support.families_delta import DELTA_FAMILIES
 from support.families_mla import MLA_FAMILIES
 from support.families_other import OTHER_FAMILIES
 from support.family import (
@@ -16,6 +18,7 @@ from support.family import (
     COMMON,
     EXACT,
     GDN,
+    GDN_LAYER,
     HALVES,
     HIDDEN,
     IGNORED,
@@ -27,8 +30,6 @@ from support.family import (
     Family,
     Fused,
 )
-
-_GDN_LAYER = f"{LAYER}.linear_attn"
 
 
 def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
@@ -61,7 +62,7 @@ _IMAGES_MODULE = "model.language_model.layers.0.linear_attn"
 FAMILIES = (
     *(
         Family(
-            f"Qwen3.5 with images, {since} to {until}",
+            name,
             _QWEN3_5_IMAGES,
             (
                 Fused(
@@ -78,7 +79,10 @@ FAMILIES = (
             since=since,
             until=until,
         )
-        for since, until in (("0.17.0", "0.18.1"), ("0.21.0", None))
+        for name, since, until in (
+            ("Qwen3.5 with images, to 0.18.1", "0.17.0", "0.18.1"),
+            ("Qwen3.5 with images", "0.21.0", None),
+        )
     ),
     Family(
         "Qwen3.5 with images, unfused for LoRA",
@@ -97,17 +101,17 @@ FAMILIES = (
         {**GDN, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
         (
             Fused(
-                f"{_GDN_LAYER}.in_proj_qkvz",
-                {f"{_GDN_LAYER}.in_proj_qkv": 512, f"{_GDN_LAYER}.in_proj_z": 256},
+                f"{GDN_LAYER}.in_proj_qkvz",
+                {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
                 (REFUSED,) * 4,
             ),
             Fused(
-                f"{_GDN_LAYER}.in_proj_ba",
-                {f"{_GDN_LAYER}.in_proj_b": 16, f"{_GDN_LAYER}.in_proj_a": 16},
+                f"{GDN_LAYER}.in_proj_ba",
+                {f"{GDN_LAYER}.in_proj_b": 16, f"{GDN_LAYER}.in_proj_a": 16},
                 ALWAYS_EXACT,
             ),
         ),
-        since="0.21.0",
+        since="0.28.0",
     ),
     Family(
         "Qwen3-Next",
@@ -120,8 +124,8 @@ FAMILIES = (
             "decoder_sparse_step": 1,
         },
         (
-            Fused(f"{_GDN_LAYER}.in_proj_qkvz", {f"{_GDN_LAYER}.in_proj_qkvz": 768}, HALVES),
-            Fused(f"{_GDN_LAYER}.in_proj_ba", {f"{_GDN_LAYER}.in_proj_ba": 32}, HALVES),
+            Fused(f"{GDN_LAYER}.in_proj_qkvz", {f"{GDN_LAYER}.in_proj_qkvz": 768}, HALVES),
+            Fused(f"{GDN_LAYER}.in_proj_ba", {f"{GDN_LAYER}.in_proj_ba": 32}, HALVES),
         ),
         stubs=(f"{VLLM}.models.qwen3_next.Qwen3NextForCausalLM.set_moe_parameters",),
         since="0.18.0",
@@ -131,12 +135,12 @@ FAMILIES = (
         {**GDN, "model_type": "olmo_hybrid", "architectures": ["OlmoHybridForCausalLM"]},
         (
             Fused(
-                f"{_GDN_LAYER}.in_proj_qkvg",
+                f"{GDN_LAYER}.in_proj_qkvg",
                 {
-                    f"{_GDN_LAYER}.q_proj": 128,
-                    f"{_GDN_LAYER}.k_proj": 128,
-                    f"{_GDN_LAYER}.v_proj": 256,
-                    f"{_GDN_LAYER}.g_proj": 256,
+                    f"{GDN_LAYER}.q_proj": 128,
+                    f"{GDN_LAYER}.k_proj": 128,
+                    f"{GDN_LAYER}.v_proj": 256,
+                    f"{GDN_LAYER}.g_proj": 256,
                 },
                 UNWRAPPED,
             ),
@@ -267,6 +271,8 @@ FAMILIES = (
         },
         (Fused(f"{LAYER}.short_conv.in_proj", {f"{LAYER}.conv.in_proj": 192}, UNWRAPPED),),
     ),
+    *ATTENTION_FAMILIES,
+    *DELTA_FAMILIES,
     *MLA_FAMILIES,
     *OTHER_FAMILIES,
 )

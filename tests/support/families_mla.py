@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from support.family import ALWAYS_EXACT, COMMON, HIDDEN, LAYER, REFUSED, VLLM, Family, Fused
+from support.family import ALWAYS_EXACT, COMMON, LAYER, REFUSED, VLLM, Family, Fused
 
 _ATTENTION = f"{LAYER}.self_attn"
 _MLA: Mapping[str, Any] = {

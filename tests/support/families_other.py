@@ -104,13 +104,14 @@ OTHER_FAMILIES = (
             "mamba_num_heads": 8,
             "mamba_d_state": 16,
             "mamba_d_conv": 4,
+            "mamba_chunk_size": 16,
             "mamba_step": 2,
             "mamba_enabled": True,
         },
         (
             Fused(
-                f"model.layers.layers.0.mixer.in_proj",
-                {f"model.layers.layers.0.mixer.in_proj": 256},
+                "model.layers.layers.0.mixer.in_proj",
+                {"model.layers.layers.0.mixer.in_proj": 256},
                 (WRONG,) * 4,
                 plugin=REFUSED,
             ),

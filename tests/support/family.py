@@ -21,6 +21,8 @@ class Fused:
             both again under ``fully_sharded_loras``.
         plugin: what this package makes of them.
         columns: width of its input.
+        stored_as: the one module whose weight a checkpoint has in place of theirs, if it has.
+        called: False where the model multiplies by the layer's weight by itself.
     """
 
     layer: str
@@ -28,6 +30,8 @@ class Fused:
     stock: tuple[str, str, str, str]
     plugin: str = EXACT
     columns: int = HIDDEN
+    stored_as: str = ""
+    called: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,27 @@ class Family:
         config: of the checkpoint, ``config.json``.
         fused: its fused projections.
         stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
-            layer (LoRA on one needs Triton) or a GPU.
+            layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
         replaced: objects, by their paths, and what stands in for each while the model is built.
+        modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
+        model_class: the class to build, as ``module:class``, where vLLM has another one for CPUs.
         since: the first release that has it, as vLLM has it now.
+        until: the last release that has it; None if 0.33.0 does.
         sizes: tensor-parallel sizes that the model can be built for.
+        required: shapes of the weights without which its loader refuses a checkpoint.
     """
 
     name: str
     config: Mapping[str, Any]
     fused: tuple[Fused, ...]
-    stubs: tuple[str, ...] = ()
+    stubs: tuple[str | tuple[str, Any], ...] = ()
     replaced: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    model_class: str = ""
     since: str = "0.17.0"
     until: str | None = None
     sizes: tuple[int, ...] = (1, 2, 4, 8)
+    required: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 ALWAYS_EXACT = (EXACT,) * 4
@@ -86,3 +97,4 @@ GDN: Mapping[str, Any] = {
 }
 VLLM = "vllm.model_executor"
 LAYER = "model.layers.0"
+GDN_LAYER = f"{LAYER}.linear_attn"

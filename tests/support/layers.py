@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from support.cpu import unpin
 
 INPUT_SIZE = 32
 TOKENS = 12
@@ -138,6 +141,7 @@ def build(case: Case) -> Any:
     from vllm_nway_lora import patches
 
     vllm_nway_lora.unregister()
+    os.environ["VLLM_NWAY_LORA"] = "1"  # whatever the tests before have set on this rank
     if case.plugin:
         vllm_nway_lora.register()
     assert bool(patches.applied()) == case.plugin
@@ -180,6 +184,7 @@ def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Resu
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+    unpin()
     config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS)
     punica = PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
     # The manager's ids are slot + 1; 0 is "no LoRA".

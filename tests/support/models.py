@@ -7,6 +7,7 @@ rank would. What ranks exchange under ``fully_sharded_loras`` is put together fr
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -20,6 +21,10 @@ MAX_LORAS = 4
 MAX_RANK = 8
 
 
+# vLLM has no LoRA on Inkling without this.
+os.environ["INKLING_MULTIMEM_AR"] = "0"
+
+
 class StandInGroup:
     """What layers ask of a tensor-parallel group, for one rank that is not really there."""
 
@@ -28,7 +33,7 @@ class StandInGroup:
         self.world_size = size
         self.ranks = list(range(size))
         self.unique_name = f"stand-in:{rank}"
-        self.cpu_group = self.device_group = None
+        self.cpu_group = self.device_group = self.device_communicator = None
         self.sent: list[torch.Tensor] = []
         self.replies: list[torch.Tensor] = []
 
@@ -52,6 +57,7 @@ class RankModel:
         from vllm.config.lora import LoRAConfig
         from vllm.model_executor.model_loader.utils import initialize_model
 
+        _register_class(config["architectures"][0])
         self.group = StandInGroup(rank, size)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -82,6 +88,7 @@ class RankModel:
                 )
             finally:
                 torch.set_default_dtype(default)
+        self.model.float()  # some layers have a type of their own
         for parameter in self.model.parameters():
             parameter.data.zero_()  # rows that no checkpoint fills are equal on every instance
 
@@ -117,6 +124,22 @@ class RankModel:
 
         self._as_this_rank(wrap)
 
+    def warm_up(self) -> None:
+        """Put a dummy adapter into every slot, as the worker does before it captures graphs."""
+        from vllm.lora.request import LoRARequest
+
+        def warm_up() -> None:
+            manager = self.worker_manager
+            with manager.dummy_lora_cache():
+                requests = [LoRARequest(f"warm-up {n}", n, "-") for n in range(1, MAX_LORAS + 1)]
+                for request in requests:
+                    manager.add_dummy_lora(request, rank=MAX_RANK)
+                for request in requests:
+                    manager._adapter_manager.activate_adapter(request.lora_int_id)
+            manager.remove_all_adapters()
+
+        self._as_this_rank(warm_up)
+
     def add_adapter(self, name: str, adapter_id: int, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
@@ -135,7 +158,12 @@ class RankModel:
 
     def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
         output = self._as_this_rank(lambda: self.model.get_submodule(name)(x))
-        return output[0] if isinstance(output, tuple) else output
+        # With the bias, which is None here; or in two parts (Step5's indexer).
+        return (
+            torch.cat([part for part in output if part is not None], -1)
+            if isinstance(output, tuple)
+            else output
+        )
 
 
 def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torch.Tensor]:
@@ -160,6 +188,15 @@ def _convolutions_left_alone() -> AbstractContextManager[Any]:
             pack(layer, remove_weight)
 
     return mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", pack_linear)
+
+
+def _register_class(architecture: str) -> None:
+    """Import a model class here: vLLM would look at it first in a process that imports all again."""
+    from vllm.model_executor.models import ModelRegistry
+
+    registered = ModelRegistry.models[architecture]
+    if hasattr(registered, "module_name"):
+        ModelRegistry.register_model(architecture, registered.load_model_cls())
 
 
 def _initialize_single_process() -> None:

@@ -10,8 +10,10 @@ import textwrap
 from typing import Any
 
 
-def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` with ``environment`` on top of this process's; None takes a variable away."""
+def run_python(
+    code: str, *arguments: str, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` with ``arguments``, and with ``environment`` on top of this process's; None takes a variable away."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     env.pop("VLLM_NWAY_LORA", None)
     for name, value in environment.items():
@@ -19,7 +21,7 @@ def run_python(code: str, **environment: str | None) -> subprocess.CompletedProc
         if value is not None:
             env[name] = value
     return subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        [sys.executable, "-P", "-c", textwrap.dedent(code), *arguments],
         env=env,
         capture_output=True,
         text=True,
@@ -27,13 +29,13 @@ def run_python(code: str, **environment: str | None) -> subprocess.CompletedProc
     )
 
 
-def evaluate(code: str, **environment: str | None) -> Any:
+def evaluate(code: str, *arguments: str, **environment: str | None) -> Any:
     """Run ``code``, which prints JSON as its last line, and return that.
 
     Raises:
         RuntimeError: the code failed; the message is what it wrote.
     """
-    done = run_python(code, **environment)
+    done = run_python(code, *arguments, **environment)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

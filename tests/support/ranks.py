@@ -33,14 +33,14 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call ``function(*args)`` on every rank; return the results in rank order.
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``function(*args, **kwargs)`` on every rank; return the results in rank order.
 
         Raises:
             RuntimeError: a rank raised; its traceback is the message.
         """
         for pipe in self._pipes:
-            pipe.send((function, args))
+            pipe.send((function, args, kwargs))
         answers = [pipe.recv() for pipe in self._pipes]
         for rank, (error, _) in enumerate(answers):
             if error:
@@ -68,9 +68,9 @@ def _serve(pipe: Connection, address: str, rank: int, size: int) -> None:
         parallel_state.init_distributed_environment(size, rank, address, rank, "gloo")
         parallel_state.initialize_model_parallel(size)
         while (job := pipe.recv()) is not None:
-            function, args = job
+            function, args, kwargs = job
             try:
-                pipe.send((None, function(*args)))
+                pipe.send((None, function(*args, **kwargs)))
             except Exception:
                 pipe.send((traceback.format_exc(), None))
         parallel_state.destroy_model_parallel()

@@ -20,6 +20,7 @@ from typing import Any
 from support.adapters import Answer
 
 NEW_TOKENS = 16
+TESTS = Path(__file__).resolve().parent.parent
 
 
 class ServerError(RuntimeError):
@@ -96,8 +97,9 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
-    def load(self, name: str, folder: Path) -> None:
-        self._request("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+    def load(self, name: str, folder: Path, *, inplace: bool = False) -> None:
+        body = {"lora_name": name, "lora_path": str(folder), "load_inplace": inplace}
+        self._request("/v1/load_lora_adapter", body)
 
     def unload(self, name: str) -> None:
         self._request("/v1/unload_lora_adapter", {"lora_name": name})
@@ -105,7 +107,14 @@ class Server:
     def models(self) -> list[str]:
         return [model["id"] for model in json.loads(self._request("/v1/models"))["data"]]
 
-    def complete(self, model: str, prompt: list[int], *, score_prompt: bool = True) -> Answer:
+    def complete(
+        self,
+        model: str,
+        prompt: list[int],
+        *,
+        score_prompt: bool = True,
+        new_tokens: int = NEW_TOKENS,
+    ) -> Answer:
         """Complete ``prompt`` greedily; return all tokens and their logprobs.
 
         Without ``score_prompt`` only of the new ones: with LoRA on CPU, vLLM 0.32.0 cannot score
@@ -114,7 +123,7 @@ class Server:
         body = {
             "model": model,
             "prompt": prompt,
-            "max_tokens": NEW_TOKENS,
+            "max_tokens": new_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "logprobs": 1,
@@ -129,6 +138,19 @@ class Server:
         ]
         logprobs = prompt_logprobs + choice["logprobs"]["token_logprobs"]
         return Answer(prompt + generated, logprobs, len(prompt))
+
+    def memory(self) -> dict[str, int]:
+        """Return the resident bytes of the server and each process that it started, by title."""
+        import psutil
+
+        process = psutil.Process(self._process.pid)
+        found = {}
+        for child in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                title = " ".join(child.cmdline())[:40] or child.name()
+                title = title if title.startswith("VLLM::") else child.name()
+                found[f"{title} ({child.pid})"] = child.memory_info().rss
+        return found
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> str:
         request = urllib.request.Request(
@@ -158,6 +180,8 @@ def engine_environment(plugin: bool, tensor_parallel_size: int) -> dict[str, str
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tensor_parallel_size))
         if tensor_parallel_size > 1
         else "auto",
+        # What tests add to vLLM's processes (see dense_qwen3_next.py) is found as plugins are.
+        "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "support" / "plugin"))),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

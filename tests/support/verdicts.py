@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,8 +17,9 @@ import torch
 import vllm
 from packaging.version import Version
 from safetensors.torch import save_file
+from vllm.model_executor.models import ModelRegistry
 
-from support.family import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family
+from support.family import EXACT, FAILS, IGNORED, REFUSED, WRONG, Family, Fused
 from support.models import MAX_RANK, RankModel, forward_all
 
 TOKENS = 5
@@ -32,8 +35,8 @@ def runs_here(family: Family) -> bool:
     return Version(family.since).release <= release <= last
 
 
-def family_verdicts(family: Family, size: int, fully_sharded: bool) -> dict[str, str]:
-    """Return the verdict on each fused projection, at one tensor-parallel size.
+def family_verdicts(family: Family, size: int, fully_sharded: bool) -> list[tuple[str, str]]:
+    """Return each fused projection and the verdict on it, at one tensor-parallel size.
 
     Every subset of a projection's modules is tried if it has up to four, else a sample.
     """
@@ -50,25 +53,29 @@ def family_verdicts(family: Family, size: int, fully_sharded: bool) -> dict[str,
             base[module] = integers(rows, fused.columns)
             pairs[module] = integers(MAX_RANK, fused.columns), integers(rows, MAX_RANK)
     inputs = {fused.layer: integers(TOKENS, fused.columns) for fused in family.fused}
-    found: dict[str, list[str]] = {fused.layer: [] for fused in family.fused}
-    with _stubbed(family):
+    found: list[tuple[str, str]] = []
+    with stubbed(family):
         references = [RankModel(family.config, rank, size) for rank in range(size)]
         try:
             ranks = [RankModel(family.config, rank, size, fully_sharded) for rank in range(size)]
             for rank in ranks:
-                rank.load(_checkpoint(base))
+                rank.load(_checkpoint(family, base))
                 rank.wrap()
-        except Exception as error:
-            return dict.fromkeys(found, f"{FAILS}: {error}")
+                rank.warm_up()
+        except Exception:
+            traceback.print_exc()
+            return [(fused.layer, FAILS) for fused in family.fused]
         for fused in family.fused:
             layer, x = fused.layer, inputs[fused.layer]
-            unadapted = _reference(references, base, layer, x)
+            unadapted = _reference(references, _checkpoint(family, base), layer, x)
+            verdicts = []
             for subset in subsets(list(fused.modules)):
                 adapter = {module: pairs[module] for module in subset}
                 merged = base | {m: base[m] + b @ a for m, (a, b) in adapter.items()}
-                expected = _reference(references, merged, layer, x)
-                found[layer].append(_verdict(ranks, adapter, layer, x, expected, unadapted))
-    return {layer: min(verdicts, key=WORST_FIRST.index) for layer, verdicts in found.items()}
+                expected = _reference(references, _checkpoint(family, merged), layer, x)
+                verdicts.append(_verdict(ranks, adapter, fused, x, expected, unadapted))
+            found.append((layer, min(verdicts, key=WORST_FIRST.index)))
+    return found
 
 
 def subsets(modules: list[str]) -> list[tuple[str, ...]]:
@@ -82,7 +89,7 @@ def subsets(modules: list[str]) -> list[tuple[str, ...]]:
 def _verdict(
     ranks: list[RankModel],
     adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
-    layer: str,
+    fused: Fused,
     x: torch.Tensor,
     expected: list[torch.Tensor],
     unadapted: list[torch.Tensor],
@@ -93,10 +100,13 @@ def _verdict(
             for rank in ranks:
                 rank.add_adapter("adapter", 1, Path(folder))
                 rank.select(1, TOKENS)
-        except Exception:
+        except Exception as error:
+            print(f"{fused.layer}: {error}")
             return REFUSED
         else:
-            outputs = forward_all(ranks, layer, x)
+            outputs = (
+                forward_all(ranks, fused.layer, x) if fused.called else _multiply(ranks, fused, x)
+            )
         finally:
             for rank in ranks:
                 rank.remove_adapter(1)
@@ -106,18 +116,28 @@ def _verdict(
 
 
 def _reference(
-    references: list[RankModel], weights: Weights, layer: str, x: torch.Tensor
+    references: list[RankModel], checkpoint: Weights, layer: str, x: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Return what each rank's base layer computes from a checkpoint with these weights."""
+    """Return what each rank's base layer computes from a checkpoint."""
     outputs = []
     for rank in references:
-        rank.load(_checkpoint(weights))
+        rank.load(checkpoint)
         outputs.append(torch.nn.functional.linear(x, rank.model.get_submodule(layer).weight))
     return outputs
 
 
-def _checkpoint(weights: Weights) -> Weights:
-    return {f"{module}.weight": weight for module, weight in weights.items()}
+def _multiply(ranks: list[RankModel], fused: Fused, x: torch.Tensor) -> list[torch.Tensor]:
+    layers = [rank.model.get_submodule(fused.layer) for rank in ranks]
+    return [torch.nn.functional.linear(x, layer.weight) for layer in layers]
+
+
+def _checkpoint(family: Family, weights: Weights) -> Weights:
+    weights = dict(weights)
+    for fused in family.fused:
+        if fused.stored_as:
+            weights[fused.stored_as] = torch.cat([weights.pop(module) for module in fused.modules])
+    checkpoint = {f"{module}.weight": weight for module, weight in weights.items()}
+    return checkpoint | {name: torch.zeros(shape) for name, shape in family.required.items()}
 
 
 def save_adapter(folder: Path, pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -138,10 +158,19 @@ def save_adapter(folder: Path, pairs: Mapping[str, tuple[torch.Tensor, torch.Ten
 
 
 @contextmanager
-def _stubbed(family: Family) -> Iterator[None]:
+def stubbed(family: Family) -> Iterator[None]:
     with ExitStack() as stack:
-        for path in family.stubs:
-            stack.enter_context(mock.patch(path, return_value=None))
+        for module in family.modules:
+            # Not `patch.dict`, which forgets what else is imported meanwhile.
+            sys.modules[module] = mock.MagicMock()
+            stack.callback(sys.modules.pop, module)
+        if family.model_class:
+            ModelRegistry.register_model(family.config["architectures"][0], family.model_class)
+        for stub in family.stubs:
+            path, answer = stub if isinstance(stub, tuple) else (stub, None)
+            # A class, so that code can still ask whether something is an instance of what it was.
+            stub_class = type("Stub", (), {"__new__": lambda cls, *_, answer=answer, **__: answer})
+            stack.enter_context(mock.patch(path, stub_class))
         for path, substitute in family.replaced.items():
             stack.enter_context(mock.patch(path, substitute))
         yield

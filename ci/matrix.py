@@ -1,0 +1,175 @@
+"""Run the suites on releases of vLLM and write down what came out.
+
+    python3 ci/matrix.py                    # every release, but for what has passed already
+    python3 ci/matrix.py 0.21.0 0.24.0..    # a release; a range, open on either side
+    python3 ci/matrix.py --suite layers --again boundary
+
+Each release's figures go to ``ci/results/<release>.json``, the table made of them into the README,
+and each suite's output to ``logs/`` in the cache folder. A suite that has passed with the same code
+is not run again. A release that fails does not stop the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import environment
+import peers
+import readme
+import runner
+
+Counts = dict[str, Any]
+
+
+def main() -> int:
+    """Run what the arguments ask for; return 0 if every suite passed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("releases", nargs="*", default=["all"], metavar="RELEASE | FIRST..LAST")
+    parser.add_argument(
+        "--suite", action="append", help="only this one; may be given more than once"
+    )
+    parser.add_argument("--again", action="store_true", help="also what has passed already")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 4))
+    parser.add_argument("--list", action="store_true", help="only list the releases, as JSON")
+    asked = parser.parse_args()
+    todo = select(asked.releases)
+    if asked.list:
+        print(json.dumps(todo))
+        return 0
+    environment.wheel()
+    failed = []
+    with concurrent.futures.ThreadPoolExecutor(asked.jobs) as pool:
+        runs = {
+            pool.submit(run_release, release, asked.suite, asked.again): release for release in todo
+        }
+        for done, run in enumerate(concurrent.futures.as_completed(runs), start=1):
+            release = runs[run]
+            try:
+                passed = run.result()
+            except Exception as error:
+                environment.say(f"{release}: {type(error).__name__}: {error}")
+                passed = False
+            if not passed:
+                failed.append(release)
+            environment.say(
+                f"{done} of {len(todo)} releases done, failed: {' '.join(failed) or '-'}"
+            )
+            readme.main()
+    return 1 if failed else 0
+
+
+def select(asked: Iterable[str]) -> list[str]:
+    """Return the releases that ``asked`` names, in the matrix' order.
+
+    Raises:
+        KeyError: a name that the matrix does not have.
+    """
+    known = [*environment.matrix()["release"], "newest"]
+    chosen = set()
+    for name in asked:
+        first, dots, last = name.partition("..")
+        if name == "all":
+            chosen.update(known[:-1])
+        elif name == "boundary":
+            chosen.update(r for r in known[:-1] if environment.row(r).get("also"))
+        elif dots:
+            start = known.index(first) if first else 0
+            chosen.update(known[start : known.index(last) + 1 if last else -1])
+        elif name in known:
+            chosen.add(name)
+        else:
+            raise KeyError(f"ci/matrix.toml has no release {name}")
+    return [release for release in known if release in chosen]
+
+
+def suites(release: str) -> list[str]:
+    """Return the suites that the matrix has for a release, in the order in which they run."""
+    row = environment.row(release)
+    everywhere = environment.matrix()["suites"]["everywhere"]
+    return [*(s for s in everywhere if s not in row.get("without", [])), *row.get("also", [])]
+
+
+def run_release(release: str, only: Sequence[str] | None, again: bool) -> bool:
+    """Run a release's suites, writing down each as it ends; return whether all passed."""
+    path = environment.ROOT / "ci" / "results" / f"{release}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"suites": {}}
+    todo = [suite for suite in suites(release) if not only or suite in only]
+    done = result["suites"]
+    if not again:
+        todo = [s for s in todo if s not in done or not passed(done[s], source(s, release))]
+    if todo:
+        python = environment.release_environment(release)
+        result |= versions(python, release)
+    for suite in todo:
+        started = time.monotonic()
+        log = environment.CACHE / "logs" / release / f"{suite}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if suite == "peers":
+            counts = peers.run(release, python, log)
+        else:
+            paths = environment.matrix()["suites"]["paths"][suite]
+            counts = runner.count(runner.run_pytest(release, python, paths, log))
+        done[suite] = counts | {
+            "seconds": round(time.monotonic() - started),
+            "date": datetime.date.today().isoformat(),
+            "source": source(suite, release),
+        }
+        result["suites"] = {name: done[name] for name in suites(release) if name in done}
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        environment.say(f"{release} {suite}: {summary(done[suite])} (log: {log})")
+    return all(not done[suite]["failed"] for suite in suites(release) if suite in done)
+
+
+def passed(counts: Counts, code: str) -> bool:
+    """Tell whether a suite passed, with this code."""
+    return not counts["failed"] and counts["passed"] > 0 and counts["source"] == code
+
+
+def source(suite: str, release: str) -> str:
+    """Return a digest of what a suite's figures depend on: the package, its tests, its row."""
+    row = environment.row(release)
+    digest = hashlib.sha256(json.dumps([row["distribution"], row.get("torch")]).encode())
+    paths = environment.matrix()["suites"]["paths"].get(suite, ())
+    folders = ["vllm_nway_lora", "tests/support", *(p for p in paths if not p.startswith("-"))]
+    if suite == "peers":
+        folders.append("tests/peers")
+    for name in folders:
+        root = environment.ROOT / name
+        for file in sorted(root.rglob("*.py")) if root.is_dir() else [root]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def versions(python: Path, release: str) -> dict[str, str]:
+    """Return the versions of what is tested and of what it stands on."""
+    distribution = environment.row(release)["distribution"]
+    code = (
+        "import json, platform; from importlib.metadata import version; print(json.dumps("
+        "{'python': platform.python_version()} | {n: version(n) for n in "
+        f"{[distribution, 'torch', 'transformers', 'peft', 'vllm-nway-lora']}}}))"
+    )
+    done = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def summary(counts: Counts) -> str:
+    """Return a suite's figures as a phrase."""
+    kinds = [f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped") if counts[kind]]
+    return f"{', '.join(kinds)} in {counts['seconds']} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

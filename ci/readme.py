@@ -1,0 +1,136 @@
+"""Write the README's tables from the data that they stand for: ``python3 ci/readme.py``.
+
+A test fails while the README and the data differ. The families' data names objects of vLLM, so the
+tables are made in the environment of the default release.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "ci" / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def main() -> int:
+    """Rewrite every table; return 0."""
+    if importlib.util.find_spec("vllm") is None:
+        import environment
+
+        environment.run(environment.release_environment(), "-P", __file__)
+        return 0
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
+    return 0
+
+
+def render(text: str) -> str:
+    """Return the README with every generated part made anew, between its two comments."""
+    for name, make in TABLES.items():
+        opening, closing = f"<!-- {name}, by ci/readme.py -->\n", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(opening)
+        _, ended, after = rest.partition(closing)
+        if not found or not ended:
+            raise ValueError(f"README.md has no place for the table {name!r}")
+        text = f"{before}{opening}{make()}{closing}{after}"
+    return text
+
+
+def demo() -> str:
+    """Return the table of ``ci/demo.py``, as it was last measured."""
+    rows = json.loads((RESULTS / "demo.json").read_text())
+    return _table(
+        ("served model", "adapter on", "stock vLLM 0.32.0", "with the plugin"),
+        ((r["model"], r["adapter"], _mark(r["stock"]), r["plugin"]) for r in rows),
+    )
+
+
+def families() -> str:
+    """Return the table of model families, from the one that the tests hold."""
+    from support.families import FAMILIES
+
+    rows = []
+    for family in FAMILIES:
+        for fused in family.fused:
+            modules = ", ".join(module.rpartition(".")[2] for module in fused.modules)
+            name = fused.layer.rpartition(".")[2]
+            seen = "itself" if modules == name else modules
+            label = f"{family.name} (to {family.until})" if family.until else family.name
+            stock = (_mark(verdict) for verdict in fused.stock)
+            rows.append((label, f"`{name}`", seen, *stock, fused.plugin))
+    headings = ("family", "fused projection", "adapter's modules")
+    modes = ("TP=1", "TP>1", "sharded, TP=1", "sharded, TP>1")
+    return _table((*headings, *modes, "plugin"), rows)
+
+
+def releases() -> str:
+    """Return the table of releases, from what ``ci/matrix.py`` has written down."""
+    known = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["release"]
+    rows = []
+    for release in known:
+        path = RESULTS / f"{release}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            figures = (
+                _figure(result["suites"].get(s)) for s in ("unit", "layers", "engine", "stock")
+            )
+            peers = result["suites"].get("peers")
+            own = f"{peers['passed_off']} → {_figure(peers)}" if peers else ""
+            rows.append((release, result["torch"], result["python"], *figures, own))
+    suites = ("unit", "layers", "engine, TP=2", "stock's defects", "vLLM's own, off → on")
+    return _table(("vLLM", "torch", "Python", *suites), rows)
+
+
+def _figure(counts: dict[str, int] | None) -> str:
+    if counts is None:
+        return "–"
+    failed = f", **{counts['failed']} failed**" if counts["failed"] else ""
+    return f"{counts['passed']}{failed}"
+
+
+def defects() -> str:
+    """Return the table of defects."""
+    from vllm_nway_lora.releases import DEFECTS
+
+    rows = []
+    for defect in DEFECTS:
+        threads = (
+            f"[{thread}](https://github.com/vllm-project/vllm/issues/{thread[1:]})"
+            for thread in defect.upstream
+        )
+        seen = (
+            f"{s.first} to {s.last or 'now'}" + "".join(f"<br>`{words}`" for words in s.messages)
+            for s in defect.seen
+        )
+        rows.append((defect.user_sees, "<br>".join(seen), " ".join(threads), defect.retired_by))
+    return _table(("stock vLLM", "in, with the words", "upstream", "ended by"), rows)
+
+
+def _mark(verdict: str) -> str:
+    """Make what is not exact stand out."""
+    word, colon, rest = verdict.partition(":")
+    return verdict if word == "exact" else f"**{word}**{colon}{rest}"
+
+
+def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [headings, ("---",) * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "families": families,
+    "releases": releases,
+    "defects": defects,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Run pytest in a release's environment and read what came out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import environment
+
+LIMIT = 3600  # seconds
+
+
+def run_pytest(
+    release: str,
+    python: Path,
+    arguments: Sequence[str],
+    log: Path,
+    folder: Path = environment.ROOT,
+    **variables: str,
+) -> Path:
+    """Run pytest in a release's environment; return its JUnit report, which a crash leaves out."""
+    report = log.with_suffix(".xml")
+    report.unlink(missing_ok=True)
+    command = [str(python), "-P", "-m", "pytest", "--junitxml", str(report), *arguments]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **variables}
+    env |= environment.row(release).get("environment", {})
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return report
+
+
+def count(report: Path) -> dict[str, int]:
+    """Return how many tests of a JUnit report passed, failed (errors too) and were skipped."""
+    if not report.exists():
+        return {"passed": 0, "failed": 1, "skipped": 0}
+    outcomes = [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
+    return {kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")}
+
+
+def outcome(case: ElementTree.Element) -> str:
+    """Return ``passed``, ``failed`` or ``skipped``."""
+    tags = {child.tag for child in case}
+    return "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"

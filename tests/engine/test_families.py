@@ -1,0 +1,93 @@
+"""Other families on real servers at TP=2, against PEFT; and stock vLLM, which says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import adapters, checkpoints
+from support.adapters import Comparison, Served, make, prompts
+from support.server import Server
+
+SHARDED = "--fully-sharded-loras"
+IGNORED = "It will be ignored"
+
+
+class Model(NamedTuple):
+    """A model, its adapters, the arguments that it is served with, and what stock does then.
+
+    ``log`` is in the log of a stock server; with it the adapter does nothing, without it harm.
+    """
+
+    save: Callable[[Path], Path]
+    adapters: Mapping[str, Sequence[str]]
+    served_with: Sequence[Sequence[str]]
+    stock_with: Sequence[str]
+    log: str | None
+
+
+MODELS = {
+    # One output, seen as one module: stock cuts it into two halves.
+    "qwen3_next": Model(
+        checkpoints.save_qwen3_next, adapters.QWEN3_NEXT, [(), (SHARDED,)], (), None
+    ),
+    # Mamba2 with one group, which every rank holds: stock counts the rows as if they were split.
+    "granite_hybrid": Model(
+        checkpoints.save_granite_hybrid, adapters.GRANITE_HYBRID, [(), (SHARDED,)], (), None
+    ),
+    # Three outputs, seen as one module: stock has no sharded layer for them.
+    "lfm2": Model(checkpoints.save_lfm2, adapters.LFM2, [(SHARDED,)], (SHARDED,), IGNORED),
+}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
+    made: dict[str, Served] = {}
+
+    def get(name: str) -> Served:
+        if name not in made:
+            model = MODELS[name]
+            made[name] = make(tmp_path_factory.mktemp(name), model.save, model.adapters)
+        return made[name]
+
+    return get
+
+
+def serve(
+    served: Served, log: Path, arguments: Sequence[str], plugin: bool
+) -> dict[str, Comparison]:
+    """Return, per adapter, how the worst of a server's answers compares with PEFT's."""
+    found = {}
+    with Server(served.folder, log, *arguments, plugin=plugin, tensor_parallel_size=2) as server:
+        for name, folder in served.adapters.items():
+            server.load(name, folder)
+            answers = [server.complete(name, prompt) for prompt in prompts()]
+            comparisons = [served.reference.compare(name, answer) for answer in answers]
+            found[name] = max(comparisons, key=lambda comparison: comparison.error)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [(name, arguments) for name, model in MODELS.items() for arguments in model.served_with],
+    ids=lambda value: value if isinstance(value, str) else "sharded" if value else "whole",
+)
+def test_every_adapter_equals_peft(
+    served: Callable[[str], Served], tmp_path: Path, name: str, arguments: Sequence[str]
+) -> None:
+    found = serve(served(name), tmp_path / "log", arguments, plugin=True)
+    assert all(comparison.exact for comparison in found.values()), found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stock_vllm_is_wrong_and_raises_nothing(
+    served: Callable[[str], Served], tmp_path: Path, name: str
+) -> None:
+    """Fails when upstream mends it."""
+    model = MODELS[name]
+    found = serve(served(name), tmp_path / "log", model.stock_with, plugin=False)
+    for comparison in found.values():
+        assert comparison.error > comparison.effect / 2, found
+    assert (IGNORED in (tmp_path / "log").read_text()) == (model.log is not None)

@@ -1,0 +1,26 @@
+"""One engine per release, tensor-parallel and fully sharded: every adapter equals PEFT.
+
+The model is Qwen3.5 where the release can run it on CPU, else the one of ``support.fused_llama``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from support.adapters import prompts
+from support.offline import serve
+from support.release import Served
+
+
+def test_every_adapter_equals_peft(served: Served, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    answers = serve(served.checkpoint, served.adapters, prompts()[0], log, plugin=True)
+    for name in served.adapters:
+        answer = answers[name]
+        assert not isinstance(answer, str), (name, answer)
+        comparison = served.reference.compare(name, answer)
+        assert comparison.exact, (name, comparison)
+    base = answers[""]
+    assert not isinstance(base, str)
+    assert served.reference.compare(None, base).error < 0.2
+    assert "is on for vLLM" in log.read_text()

@@ -1,0 +1,235 @@
+"""Adapters are admitted whole or refused before anything changes, on vLLM's own LoRA manager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from support import manager, mutations, tiny
+from support.ranks import Ranks
+from support.tiny import PREFIX, RANK, SHAPES
+
+LAYER = f"{PREFIX}model.layers.0."
+Q, Z, ROUTER = (LAYER + m for m in ("self_attn.q_proj", "linear_attn.in_proj_z", "mlp.router"))
+A, B = ".lora_A.weight", ".lora_B.weight"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+def pair(module: str, columns: int, rows: int, rank: int = RANK) -> Tensors:
+    return {module + A: ones(rank, columns), module + B: ones(rows, rank)}
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
+def test_good_adapters_are_admitted(ranks: Ranks, tmp_path: Path, fully_sharded: bool) -> None:
+    ranks.run(manager.start, fully_sharded=fully_sharded)
+    subsets = [tuple(SHAPES), *((module,) for module in SHAPES if ".layers.1." not in module)]
+    for seed, modules in enumerate(subsets):
+        folder = tiny.save(tmp_path / "good", tiny.tensors(seed, modules))
+        assert ranks.run(manager.add, "good", seed + 1, folder) == [""] * ranks.size
+        if not fully_sharded:  # where A is sharded, one rank's tensors do not make up its weight
+            assert all(ranks.run(manager.is_exact, seed + 1, folder)), modules
+
+
+#: What is added to (or, None, taken from) a good adapter's tensors; its config; words of the error.
+REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] = {
+    "no B": ({Q + B: None}, {}, "module model.layers.0.self_attn.q_proj: it has LoRA-A but no LoRA-B"),
+    "no A": ({Z + A: None}, {}, "module model.layers.0.linear_attn.in_proj_z: it has LoRA-B but no"),
+    "too few rows": ({Q + B: ones(31, RANK)}, {}, "QKVParallelLinear): expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)"),
+    "too many rows": ({Q + B: ones(64, RANK)}, {}, "LoRA-B (32, r), found (4, 32) and (64, 4)"),
+    "too few rows, N-way": ({Z + B: ones(31, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-B with 32 rows, found 31"),
+    "half the rows, N-way": ({Z + B: ones(16, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-B with 32 rows, found 16"),
+    "too few columns": ({ROUTER + A: ones(RANK, 31)}, {}, "ReplicatedLinear): expected LoRA-A (r, 32)"),
+    "ranks differ": ({Q + A: ones(3, 32)}, {}, "the ranks of LoRA-A (3, 32) and LoRA-B (32, 4) differ"),
+    "another rank than configured": (pair(Q, 32, 32, rank=2), {}, "adapter_config.json says rank 4, found LoRA-A (2, 32)"),
+    "rank 0": (pair(Q, 32, 32, rank=0), {}, "says rank 4, found LoRA-A (0, 32)"),
+    "1-D": ({Q + B: ones(32)}, {}, "expected two-dimensional tensors, found LoRA-A (4, 32) and LoRA-B (32,)"),
+    "3-D": ({Q + A: ones(1, 4, 32)}, {}, "expected two-dimensional tensors"),
+    "NaN": ({Q + A: ones(4, 32) * float("nan")}, {}, "LoRA-A times its scaling 1.0 has NaN or infinity"),
+    "infinity": ({Z + B: ones(32, 4) * float("inf")}, {}, "LoRA-B times its scaling 2.0 has NaN or inf"),
+    "integers": ({Q + A: torch.ones(4, 32, dtype=torch.int8)}, {}, f"tensor {Q}{A} is torch.int8"),
+    "one place twice": ({Q.removeprefix(PREFIX) + A: ones(4, 32)}, {}, "are both LoRA-A of module model.layers.0.self_attn.q_proj"),
+    "no such layer": (pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32), {}, "module model.layers.7.self_attn.q_proj: this model has no such layer"),
+    "no such module": (pair(f"{LAYER}linear_attn.q_proj", 32, 32), {}, "layers.0.linear_attn.q_proj: this model has no such layer"),
+    "unknown suffix": (pair(f"{LAYER}mlp.x_proj", 32, 32), {}, "ValueError: While loading"),
+    "DoRA": ({}, {"use_dora": True}, "DoRA"),
+    "rank above the limit": ({}, {"r": 16}, "16 is greater than max_lora_rank"),
+    "alpha of no number": ({}, {"lora_alpha": float("nan")}, "times its scaling nan has NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_say_what_and_change_nothing(ranks: Ranks, tmp_path: Path, case: str) -> None:
+    changes, config, words = REFUSED[case]
+    tensors = {**tiny.tensors(0), **changes}
+    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    folder = tiny.save(tmp_path / "bad", kept, tiny.config(**config))
+    tiny.save(tmp_path / "resident", tiny.tensors(1))
+    ranks.run(manager.start)
+    for attempt in ranks.run(manager.attempt, folder, tmp_path / "resident"):
+        assert attempt.error.startswith(
+            f"AdapterError: LoRA adapter 'mutant' ({folder}) is refused"
+        )
+        assert words in attempt.error
+        assert attempt.good, attempt
+
+
+def test_an_adapter_without_tensors_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(manager.start)
+    folder = tiny.save(tmp_path / "empty", {})
+    for error in ranks.run(manager.add, "empty", 1, folder):
+        assert "it has no LoRA tensors" in error
+
+
+def test_settings_that_a_release_ignores_are_refused_or_followed(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    from vllm.lora.peft_helper import PEFTHelper
+
+    follows = "alpha_pattern" in PEFTHelper.__dataclass_fields__  # from 0.32.0 on
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0), tiny.config(alpha_pattern={"q_proj": 1}))
+    ranks.run(manager.start)
+    for error in ranks.run(manager.add, "a", 1, folder):
+        assert ("adapter_config.json has alpha_pattern={'q_proj': 1}" in error) != follows
+    if follows:
+        assert all(ranks.run(manager.is_exact, 1, folder))
+
+
+@given(adapter=mutations.adapters())
+@settings(max_examples=200, deadline=None, database=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
+def test_mutations_are_exact_or_refused(
+    ranks: Ranks, tmp_path: Path, adapter: mutations.Adapter
+) -> None:
+    """``python3 ci/mutations.py`` does the same with 10,000 of them."""
+    resident = tmp_path / "resident"
+    if not resident.exists():
+        tiny.save(resident, tiny.tensors(99))
+        ranks.run(manager.start)
+    for attempt in ranks.run(manager.attempt, adapter.save(tmp_path / "mutant"), resident):
+        assert attempt.good, attempt
+        assert not attempt.error or attempt.error.startswith("AdapterError: LoRA adapter 'mutant'")
+
+
+class TestExemptions:
+    def test_other_pipeline_ranks_and_skipped_prefixes(self, ranks: Ranks, tmp_path: Path) -> None:
+        elsewhere = pair(f"{PREFIX}model.layers.2.mlp.down_proj", 48, 32)
+        skipped = pair(f"{PREFIX}mtp.layers.0.mlp.down_proj", 48, 32)
+        folder = tiny.save(tmp_path / "a", tiny.tensors(0) | elsewhere | skipped)
+        ranks.run(manager.start)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+        assert all(ranks.run(manager.is_exact, 1, folder))
+
+    def test_target_modules(self, ranks: Ranks, tmp_path: Path) -> None:
+        if not has_target_modules():
+            pytest.skip("this release has no target_modules")
+        folder = tiny.save(tmp_path / "a", tiny.tensors(0))
+        ranks.run(manager.start, target_modules=["qkv_proj", "o_proj"])
+        ranks.run(manager.warnings)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+        for [warning] in ranks.run(manager.warnings):
+            assert "is served without" in warning
+            assert "model.layers.1.mlp.down_proj, " in warning
+            assert "--lora-target-modules does not name them" in warning
+            assert "q_proj" not in warning
+
+    def test_towers_without_lora(self, ranks: Ranks, tmp_path: Path) -> None:
+        tower = pair(f"{PREFIX}visual.attn.proj", 32, 32)
+        language = tiny.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
+        ranks.run(manager.start, multimodal=True)
+        ranks.run(manager.warnings)
+        folder = tiny.save(tmp_path / "a", language | tower)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+        for [warning] in ranks.run(manager.warnings):
+            assert "is served without visual.attn.proj: this server has LoRA on no such" in warning
+        nowhere = pair(f"{PREFIX}visual.other.proj", 32, 32)
+        folder = tiny.save(tmp_path / "b", language | nowhere)
+        for error in ranks.run(manager.add, "b", 2, folder):
+            assert "module visual.other.proj: this model has no such layer" in error
+
+
+def test_a_fused_layer_that_vllm_does_not_wrap(ranks: Ranks, tmp_path: Path) -> None:
+    if ranks.size == 1:
+        pytest.skip("vLLM wraps the subclass where it is not sharded")
+    try:
+        wrapped = ranks.run(manager.start, unwrappable=True)
+    except RuntimeError as error:
+        assert "must be a BaseLayerWithLoRA" in str(error)  # to 0.19.1 the engine does not start
+        return
+    assert not any("gate_up_proj" in name for name in wrapped[0])
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0))
+    for error in ranks.run(manager.add, "a", 1, folder):
+        assert (
+            "module model.layers.0.mlp.gate_proj: vLLM would ignore it, since its layer "
+            "model.layers.0.mlp.gate_up_proj (GateUp) takes no LoRA"
+        ) in error
+        assert "VLLM_NWAY_LORA=lenient serves adapters without" in error
+
+
+def test_lenient_serves_the_rest_and_says_what_it_drops(ranks: Ranks, tmp_path: Path) -> None:
+    extra = pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32)
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0) | extra)
+    ranks.run(manager.start, mode="lenient")
+    ranks.run(manager.warnings)
+    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+    for [warning] in ranks.run(manager.warnings):
+        assert (
+            "served without part of it, as VLLM_NWAY_LORA=lenient says: module model.layers.7."
+            in (warning)
+        )
+    # What has a layer must still fit it.
+    folder = tiny.save(tmp_path / "b", tiny.tensors(0) | {Q + B: ones(31, RANK)})
+    for error in ranks.run(manager.add, "b", 2, folder):
+        assert "expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)" in error
+
+
+def test_a_bad_replacement_leaves_the_old_adapter(ranks: Ranks, tmp_path: Path) -> None:
+    good = tiny.save(tmp_path / "good", tiny.tensors(0))
+    bad = tiny.save(tmp_path / "bad", tiny.tensors(1) | {Z + B: ones(16, RANK)})
+    ranks.run(manager.start)
+    assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
+    assert all("found 16" in error for error in ranks.run(manager.add, "a", 1, bad, True))
+    assert all(ranks.run(manager.is_exact, 1, good))
+
+
+#: What vLLM's own classes serve rightly, so that a test looks at one defect.
+STOCK_MODULES = [module for module in SHAPES if "in_proj" not in module]
+
+
+class TestStock:
+    """What vLLM does without this package; a test fails when upstream has mended its defect."""
+
+    @pytest.mark.parametrize("what", ["too few rows", "a layer that is not there"])
+    def test_it_serves_adapters_in_part(self, ranks: Ranks, tmp_path: Path, what: str) -> None:
+        ranks.run(manager.start, mode="0")
+        tensors = tiny.tensors(0, STOCK_MODULES)
+        if what == "too few rows":
+            tensors[Q + B] = tensors[Q + B][:31].contiguous()
+        else:
+            tensors |= pair(f"{PREFIX}model.layers.7.mlp.down_proj", 48, 32)
+        folder = tiny.save(tmp_path / "a", tensors)
+        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+
+    def test_a_bad_replacement_takes_the_old_adapter_away(
+        self, ranks: Ranks, tmp_path: Path
+    ) -> None:
+        tensors = tiny.tensors(0, STOCK_MODULES)
+        good = tiny.save(tmp_path / "good", tensors)
+        bad = tiny.save(tmp_path / "bad", {n: t for n, t in tensors.items() if n != ROUTER + B})
+        ranks.run(manager.start, mode="0")
+        assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
+        assert all(ranks.run(manager.add, "a", 1, bad, True))
+        assert not any(ranks.run(manager.has, 1))
+
+
+def has_target_modules() -> bool:
+    from vllm.config.lora import LoRAConfig
+
+    return "target_modules" in LoRAConfig.__dataclass_fields__

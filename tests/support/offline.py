@@ -1,0 +1,127 @@
+"""An engine without a server, for tests of many releases: one import of vLLM instead of five.
+
+The engine core runs in the process that asks and its workers are forked from it. Loader, LoRA
+manager, workers, executor and warm-up are the release's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from support.adapters import Answer
+from support.server import NEW_TOKENS, engine_environment
+
+LIMIT = 1200  # seconds
+
+
+def serve(
+    checkpoint: Path,
+    adapters: dict[str, Path],
+    prompt: list[int],
+    log: Path,
+    *,
+    plugin: bool,
+    tensor_parallel_size: int = 2,
+) -> dict[str, Answer | str]:
+    """Load each adapter in turn, fully sharded, and complete ``prompt`` with it greedily.
+
+    Returns per adapter, and under "" for the base model, the answer or the error of its loading.
+
+    Raises:
+        RuntimeError: the engine did not start or did not end; the message is the end of its log.
+    """
+    job = {
+        "checkpoint": str(checkpoint),
+        "adapters": {name: str(folder) for name, folder in adapters.items()},
+        "prompt": prompt,
+        "tensor_parallel_size": tensor_parallel_size,
+        "answers": str(log.with_suffix(".json")),
+    }
+    environment = engine_environment(plugin, tensor_parallel_size) | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A process that has run a parallel region cannot be forked (libgomp).
+        "OMP_NUM_THREADS": "1",
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "support.offline", json.dumps(job)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LIMIT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        raise RuntimeError(log.read_text()[-4000:])
+    found = json.loads(Path(job["answers"]).read_text())
+    return {
+        name: answer if isinstance(answer, str) else Answer(**answer)
+        for name, answer in found.items()
+    }
+
+
+def main(job: dict[str, Any]) -> None:
+    import multiprocessing
+
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.executor import multiproc_executor
+
+    # vLLM spawns on CPU; nothing here has used a device or a thread that a fork would lose.
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    llm = LLM(
+        job["checkpoint"],
+        dtype="bfloat16",
+        enforce_eager=True,
+        tensor_parallel_size=job["tensor_parallel_size"],
+        enable_lora=True,
+        max_loras=8,
+        max_lora_rank=16,
+        fully_sharded_loras=True,
+        max_model_len=128,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+    )
+    sampling = SamplingParams(
+        max_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, logprobs=1, prompt_logprobs=1
+    )
+    answers: dict[str, Any] = {}
+    for number, (name, folder) in enumerate([*job["adapters"].items(), ("", None)], start=1):
+        request = LoRARequest(name, number, folder) if folder else None
+        if request:
+            try:
+                llm.llm_engine.add_lora(request)
+            except Exception as error:
+                answers[name] = f"{type(error).__name__}: {error}"
+                continue
+        [done] = llm.generate(
+            [{"prompt_token_ids": job["prompt"]}], sampling, lora_request=request, use_tqdm=False
+        )
+        [completion] = done.outputs
+        tokens = [*job["prompt"], *completion.token_ids]
+        positions = [*done.prompt_logprobs, *completion.logprobs]
+        answers[name] = {
+            "tokens": tokens,
+            "logprobs": [p[t].logprob for p, t in zip(positions[1:], tokens[1:])],
+            "prompt_length": len(job["prompt"]),
+        }
+    Path(job["answers"]).write_text(json.dumps(answers))
+    os._exit(0)  # the workers end with the session that they are in
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,228 @@
+"""A tiny model of real vLLM layers, and adapters for it on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+
+VOCAB, HIDDEN, INTERMEDIATE, HEAD, HEADS, KV_HEADS = 64, 32, 48, 8, 4, 2
+MAX_RANK, MAX_LORAS, RANK, ALPHA = 8, 4, 4, 8
+PREFIX = "base_model.model."
+
+#: Modules that an adapter sees -> (A's columns, B's rows).
+SHAPES = {
+    "model.embed_tokens": (VOCAB, HIDDEN),
+    "lm_head": (HIDDEN, VOCAB),
+    **{
+        f"model.layers.{layer}.{module}": shape
+        for layer in (0, 1)
+        for module, shape in {
+            "linear_attn.in_proj_qkv": (HIDDEN, 64),
+            "linear_attn.in_proj_z": (HIDDEN, 32),
+            "linear_attn.out_proj": (32, HIDDEN),
+            "self_attn.q_proj": (HIDDEN, HEADS * HEAD),
+            "self_attn.k_proj": (HIDDEN, KV_HEADS * HEAD),
+            "self_attn.v_proj": (HIDDEN, KV_HEADS * HEAD),
+            "self_attn.o_proj": (HEADS * HEAD, HIDDEN),
+            "mlp.gate_proj": (HIDDEN, INTERMEDIATE),
+            "mlp.up_proj": (HIDDEN, INTERMEDIATE),
+            "mlp.down_proj": (INTERMEDIATE, HIDDEN),
+            "mlp.router": (HIDDEN, 6),
+        }.items()
+    },
+}
+
+#: How each layer's weight loader is told of a module's part: (module, shard id, rows of the module).
+PARTS = {
+    "in_proj_qkvz": [
+        ("in_proj_qkv", 0, slice(0, 16)),
+        ("in_proj_qkv", 1, slice(16, 32)),
+        ("in_proj_qkv", 2, slice(32, 64)),
+        ("in_proj_z", 3, slice(None)),
+    ],
+    "qkv_proj": [(f"{shard}_proj", shard, slice(None)) for shard in "qkv"],
+    "gate_up_proj": [("gate_proj", 0, slice(None)), ("up_proj", 1, slice(None))],
+}
+
+
+def tensors(seed: int, modules: Sequence[str] = tuple(SHAPES)) -> dict[str, torch.Tensor]:
+    """Make a good adapter's tensors as PEFT names them; small integers, so that sums are exact."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.randint(-3, 4, shape, generator=generator).float()
+
+    made = {}
+    for module in modules:
+        columns, rows = SHAPES[module]
+        a, b = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if module.endswith("embed_tokens")
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        made[f"{PREFIX}{module}.{a}"] = integers(RANK, columns)
+        made[f"{PREFIX}{module}.{b}"] = integers(rows, RANK)
+    return made
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "init_lora_weights": True,
+    } | changes
+
+
+def save(
+    folder: Path, values: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None = None
+) -> Path:
+    """Write an adapter as PEFT does; tensors that safetensors cannot hold make it a ``.bin``."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(
+        json.dumps(config() if settings is None else settings)
+    )
+    for old in folder.glob("adapter_model.*"):
+        old.unlink()
+    if all(value.is_contiguous() and not value.is_complex() for value in values.values()):
+        save_file(dict(values), folder / "adapter_model.safetensors")
+    else:
+        torch.save(dict(values), folder / "adapter_model.bin")
+    return folder
+
+
+def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
+    """Return ``scaling * B @ A`` per module of an adapter's files, float32, as PEFT defines it.
+
+    Without modules that this model skips or leaves to another pipeline rank.
+    """
+    from safetensors.torch import load_file
+
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    file = folder / "adapter_model.safetensors"
+    values = load_file(file) if file.exists() else torch.load(folder / "adapter_model.bin")
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in values.items():
+        module, lora, half = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if lora and not module.startswith(("mtp.", "model.layers.2")):
+            halves.setdefault(module, {})[half[-1]] = value.float()
+    deltas = {}
+    for module, pair in halves.items():
+        alpha = next(
+            (
+                value
+                for key, value in settings["alpha_pattern"].items()
+                if re.match(rf"(.*\.)?({key})$", module)
+            ),
+            settings["lora_alpha"],
+        )
+        scaling = alpha / settings["r"] ** (0.5 if settings.get("use_rslora") else 1.0)
+        deltas[module] = scaling * pair["B"] @ pair["A"]
+    return deltas
+
+
+def build(multimodal: bool, unwrappable: bool) -> Any:
+    from torch import nn
+    from vllm.model_executor.layers.linear import (
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        ReplicatedLinear,
+        RowParallelLinear,
+    )
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import (
+        ParallelLMHead,
+        VocabParallelEmbedding,
+    )
+    from vllm.model_executor.models.interfaces import SupportsLoRA
+    from vllm.model_executor.models.module_mapping import MultiModelKeys
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    class GateUp(MergedColumnParallelLinear):
+        """A subclass, which vLLM's LoRA takes only where it is not sharded."""
+
+    gate_up_class = GateUp if unwrappable else MergedColumnParallelLinear
+
+    def group(**layers: nn.Module) -> nn.Module:
+        module = nn.Module()
+        for name, layer in layers.items():
+            setattr(module, name, layer)
+        return module
+
+    def block(prefix: str) -> nn.Module:
+        f32 = torch.float32
+        return group(
+            linear_attn=group(
+                in_proj_qkvz=MergedColumnParallelLinear(
+                    HIDDEN, [16, 16, 32, 32], bias=False, params_dtype=f32,
+                    prefix=f"{prefix}.linear_attn.in_proj_qkvz",
+                ),
+                out_proj=RowParallelLinear(32, HIDDEN, bias=False, params_dtype=f32),
+            ),
+            self_attn=group(
+                qkv_proj=QKVParallelLinear(
+                    HIDDEN, HEAD, HEADS, KV_HEADS, bias=False, params_dtype=f32
+                ),
+                o_proj=RowParallelLinear(HEADS * HEAD, HIDDEN, bias=False, params_dtype=f32),
+            ),
+            mlp=group(
+                gate_up_proj=gate_up_class(
+                    HIDDEN, [INTERMEDIATE] * 2, bias=False, params_dtype=f32
+                ),
+                down_proj=RowParallelLinear(INTERMEDIATE, HIDDEN, bias=False, params_dtype=f32),
+                router=ReplicatedLinear(HIDDEN, 6, bias=False, params_dtype=f32),
+            ),
+        )  # fmt: skip
+
+    class Model(nn.Module, SupportsLoRA):
+        packed_modules_mapping: ClassVar = {
+            "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
+            "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+            "gate_up_proj": ["gate_proj", "up_proj"],
+        }
+        embedding_modules: ClassVar = {
+            "embed_tokens": "input_embeddings",
+            "lm_head": "output_embeddings",
+        }
+        lora_skip_prefixes: ClassVar = ["mtp."]
+        supports_multimodal = multimodal
+        supports_tower_connector_lora = False
+        config = SimpleNamespace(architectures=["Model"])
+
+        def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.model.embed_tokens(input_ids)
+
+        def get_mm_mapping(self) -> MultiModelKeys:
+            return MultiModelKeys.from_string_field(
+                language_model="model", connector="visual.merger", tower_model="visual."
+            )
+
+    model = Model()
+    embeddings = VocabParallelEmbedding(VOCAB, HIDDEN, params_dtype=torch.float32)
+    blocks = [block(f"model.layers.{n}") for n in range(2)]
+    model.model = group(
+        embed_tokens=embeddings,
+        # The third layer is another pipeline rank's.
+        layers=nn.ModuleList([*blocks, PPMissingLayer()]),
+    )
+    model.lm_head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=torch.float32)
+    model.logits_processor = LogitsProcessor(VOCAB)
+    if multimodal:
+        model.visual = group(
+            attn=group(
+                proj=ReplicatedLinear(HIDDEN, HIDDEN, bias=False, params_dtype=torch.float32)
+            )
+        )
+    return model

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``vllm-nway-lora``: is the plugin on, and what would an adapter meet here?"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vllm_nway_lora import check as checking
+    from vllm_nway_lora import doctor as examining
+
+_EXAMPLES = """examples:
+  vllm-nway-lora doctor                          is it on, and is it right on this machine?
+  vllm-nway-lora check ./Qwen3.5-9B ./my-adapter  what would this adapter meet?
+  vllm-nway-lora check ./model ./adapter --tensor-parallel-size 4 --fully-sharded-loras
+  vllm-nway-lora plan ./model                    which projections are fused, and how?
+
+exit status: 0 all is well; 1 something is not served exactly, or the plugin is not on; 2 wrong usage
+"""
+_STYLES = {
+    "exact": "green",
+    "on": "green",
+    "refused": "yellow",
+    "ignored": "red",
+    "wrong": "bold red",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    options = _parser().parse_args(arguments)
+    # vLLM's own log would drown the answer.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from rich.console import Console
+
+    console = Console(record=options.svg is not None, width=options.width)
+    status: int = options.run(options, console)
+    if options.svg:
+        console.save_svg(options.svg, title=f"vllm-nway-lora {options.command}")
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "vllm-nway-lora",
+        description="Exact LoRA on the projections that vLLM fuses N-way: diagnosis, without an engine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print JSON")
+    shared.add_argument("--svg", metavar="FILE", help="save a picture of the output too")
+    shared.add_argument("--width", type=int, help="columns of the output")
+    served = argparse.ArgumentParser(add_help=False)
+    served.add_argument("model", help="a local folder with config.json")
+    served.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    served.add_argument("--fully-sharded-loras", action="store_true")
+    commands = parser.add_subparsers(dest="command", required=True)
+    doctor = commands.add_parser("doctor", parents=[shared], help="examine this installation")
+    doctor.set_defaults(run=_doctor)
+    check = commands.add_parser("check", parents=[shared, served], help="try an adapter on a model")
+    check.add_argument("adapter", help="a local folder with adapter_config.json and its tensors")
+    check.add_argument("--max-lora-rank", type=int)
+    check.set_defaults(run=_check, also_well=())
+    plan = commands.add_parser("plan", parents=[shared, served], help="show a model's projections")
+    plan.set_defaults(run=_plan, also_well=("refused",))
+    return parser
+
+
+def _doctor(options: argparse.Namespace, console: Console) -> int:
+    from vllm_nway_lora import doctor
+
+    report = doctor.examine()
+    if options.json:
+        print(json.dumps(dataclasses.asdict(report) | {"healthy": report.healthy}, indent=2))
+    else:
+        _show_doctor(report, console)
+    return 0 if report.healthy else 1
+
+
+def _show_doctor(report: examining.Report, console: Console) -> None:
+    for warning in report.warnings:
+        console.print(f"[bold red]![/] {warning}", highlight=False)
+    console.print(
+        "  ".join(f"{k} [bold]{v}[/]" for k, v in report.versions.items()), highlight=False
+    )
+    if report.patches:
+        table = _table("patch", "on vLLM's", "state")
+        for patch in report.patches:
+            note = ": ".join(filter(None, [patch.state, patch.reason]))
+            note += f" (before us: {patch.replaced_by})" if patch.replaced_by else ""
+            table.add_row(patch.name, patch.target.removeprefix("vllm."), _styled(note))
+        console.print(table)
+    if report.selftest:
+        exact = sum(verdict == "exact" for verdict in report.selftest.values())
+        console.print(f"self-test: {exact} of {len(report.selftest)} layers exact", highlight=False)
+    console.print(
+        "[green]all is well[/]" if report.healthy else "[bold red]not on, or not right[/]"
+    )
+
+
+def _check(options: argparse.Namespace, console: Console) -> int:
+    from vllm_nway_lora import check
+
+    return _serve(
+        options,
+        console,
+        lambda: check.check(
+            options.model,
+            options.adapter,
+            tensor_parallel_size=options.tensor_parallel_size,
+            fully_sharded=options.fully_sharded_loras,
+            max_lora_rank=options.max_lora_rank,
+        ),
+    )
+
+
+def _plan(options: argparse.Namespace, console: Console) -> int:
+    from vllm_nway_lora import check
+
+    return _serve(
+        options,
+        console,
+        lambda: check.plan(
+            options.model,
+            tensor_parallel_size=options.tensor_parallel_size,
+            fully_sharded=options.fully_sharded_loras,
+        ),
+    )
+
+
+def _serve(options: argparse.Namespace, console: Console, make: Any) -> int:
+    try:
+        report: checking.Report = make()
+    except FileNotFoundError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(_plain(report), indent=2))
+    else:
+        _show_report(report, console)
+    # A model may have layers that take no LoRA; an adapter should not.
+    return 0 if report.plugin.word in ("exact", *options.also_well) else 1
+
+
+def _show_report(report: checking.Report, console: Console) -> None:
+    table = _table("layer", "modules (rows)", "r", "stock vLLM", "with the plugin")
+    for row in report.rows:
+        modules = ", ".join(
+            f"{module} ({rows})" if rows is not None else f"[dim]{module}[/]"
+            for module, rows in row.modules.items()
+        )
+        layer = f"{row.layer}{f'  x{row.count}' if row.count > 1 else ''}"
+        rank = str(row.rank) if row.rank else ""
+        table.add_row(layer, modules, rank, _styled(row.stock.word), _styled(row.plugin.word))
+    console.print(table)
+    for row in report.rows:
+        if row.plan:
+            console.print(_drawing(row))
+    for label, verdict in (("stock vLLM", report.stock), ("with the plugin", report.plugin)):
+        reason = f" ({verdict.reason})" if verdict.reason else ""
+        console.print(f"{label}: {_styled(verdict.word)}{reason}", highlight=False)
+
+
+def _drawing(row: checking.Row) -> str:
+    """Draw each rank's part of a fused output: who writes which columns of it."""
+    name = row.layer.rpartition(".")[2]
+    lines = [f"[bold]{name}[/]: each rank's output, {len(row.plan[0].slices)} slices"]
+    width = sum(part.width for part in row.plan[0].slices)
+    for number, plan in enumerate(row.plan):
+        cells = []
+        for part in plan.slices:
+            adapted = row.modules.get(part.module) is not None
+            cell = f" {part.module} {part.width} ".center(
+                max(3, round(60 * part.width / width)), "·"
+            )
+            cells.append(f"[black on green]{cell}[/]" if adapted else f"[dim]{cell}[/]")
+        lines.append(f"  rank {number} |{'|'.join(cells)}|")
+    return "\n".join(lines)
+
+
+def _plain(report: checking.Report) -> dict[str, Any]:
+    def row(of: checking.Row) -> dict[str, Any]:
+        ranks = [
+            {part.module: {"columns": part.width, "rows": len(part.local)} for part in plan.slices}
+            for plan in of.plan
+        ]
+        flat = {f.name: getattr(of, f.name) for f in dataclasses.fields(of) if f.name != "plan"}
+        verdicts = {side: dataclasses.asdict(flat[side]) for side in ("stock", "plugin")}
+        return {**flat, **verdicts, "ranks": ranks}
+
+    return {
+        "stock": dataclasses.asdict(report.stock),
+        "plugin": dataclasses.asdict(report.plugin),
+        "layers": [row(of) for of in report.rows],
+    }
+
+
+def _table(*headings: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _styled(text: str) -> str:
+    style = _STYLES.get(text.split(":")[0].split(" ")[0])
+    return f"[{style}]{text}[/]" if style else text

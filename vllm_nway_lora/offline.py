@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's LoRA layers as one tensor-parallel rank has them, without engine, weights or device.
+
+The model's own class is built on the meta device, and vLLM's own LoRA manager wraps it, with the
+plugin or without; so what is found out on it is what a worker of this vLLM does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import vllm.platforms
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config.lora import LoRAConfig
+from vllm.distributed import parallel_state
+from vllm.plugins import load_general_plugins
+
+
+class StandInGroup:
+    """What layers ask of a tensor-parallel group, for one rank that is not really there.
+
+    Attributes:
+        sent: what the rank gave to gathers.
+        replies: what its next gathers return; without any, its own part for every rank.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank_in_group = self.rank = self.local_rank = rank
+        self.world_size = size
+        self.ranks = list(range(size))
+        self.unique_name = f"stand-in:{rank}"
+        self.cpu_group = self.device_group = None
+        self.sent: list[torch.Tensor] = []
+        self.replies: list[torch.Tensor] = []
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """Return what all ranks sent, or a tensor of that shape."""
+        self.sent.append(x.clone())
+        return self.replies.pop(0) if self.replies else torch.cat([x] * self.world_size, dim)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x``: row-parallel layers are not looked at."""
+        return x
+
+
+@dataclass
+class Rank:
+    """One simulated rank: its group, its configuration and, once built, its model."""
+
+    group: StandInGroup
+    vllm_config: VllmConfig
+    model: Any = None
+    worker_manager: Any = field(default=None, repr=False)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this the rank that the process is."""
+        real = parallel_state._TP
+        parallel_state._TP = self.group
+        try:
+            with set_current_vllm_config(self.vllm_config):
+                yield
+        finally:
+            parallel_state._TP = real
+
+    def wrap(self) -> None:
+        """Have vLLM's LoRA manager wrap the model but its experts, LoRA's own tensors on the CPU."""
+        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+        cpu = torch.device("cpu")
+        _drop_experts(self.model)
+        device = mock.patch("vllm.lora.layers.base_linear._get_lora_device", return_value=cpu)
+        with self.current(), device:
+            embeddings = getattr(self.model, "embedding_modules", {})
+            self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
+            self.worker_manager.create_lora_manager(self.model, self.vllm_config)
+
+    @property
+    def lora_manager(self) -> Any:
+        """The ``LoRAModelManager`` of the wrapped model."""
+        return self.worker_manager._adapter_manager
+
+
+def configure(
+    model: str, rank: int, size: int, *, fully_sharded: bool = False, max_lora_rank: int = 8
+) -> Rank:
+    """Return a rank without its model.
+
+    Args:
+        model: a local folder with ``config.json``.
+        rank: of the tensor-parallel group.
+        size: of the tensor-parallel group.
+        fully_sharded: ``--fully-sharded-loras``.
+        max_lora_rank: ``--max-lora-rank``.
+    """
+    initialize()
+    vllm_config = VllmConfig(
+        model_config=ModelConfig(
+            model=model,
+            tokenizer=model,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=64,
+            enforce_eager=True,
+        ),
+        lora_config=LoRAConfig(
+            max_lora_rank=max_lora_rank,
+            max_loras=1,
+            fully_sharded_loras=fully_sharded,
+            lora_dtype=torch.float32,
+        ),
+    )
+    # The group has the size already; the configuration would ask for as many devices.
+    vllm_config.parallel_config.tensor_parallel_size = size
+    return Rank(StandInGroup(rank, size), vllm_config)
+
+
+def build(rank: Rank, device: str = "meta") -> None:
+    """Build the model's class as vLLM would on this rank."""
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with rank.current(), torch.device(device):
+            rank.model = initialize_model(vllm_config=rank.vllm_config)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _drop_experts(model: nn.Module) -> None:
+    """Take mixtures of experts out: they are not this package's, and their LoRA needs Triton."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__ in ("FusedMoE", "SharedFusedMoE", "MoERunner"):
+                setattr(parent, name, nn.Identity())
+
+
+def initialize() -> None:
+    """Give the process the groups of one rank, other plugins' models, and a platform."""
+    load_general_plugins()
+    platforms: Any = vllm.platforms
+    if not platforms.current_platform.device_type:
+        from vllm.platforms.cpu import CpuPlatform
+
+        # A GPU build without a GPU has no platform at all.
+        platforms._current_platform = CpuPlatform()
+    if parallel_state.model_parallel_is_initialized():
+        return
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        store = f"file://{Path(folder) / 'store'}"
+        parallel_state.init_distributed_environment(1, 0, store, 0, "gloo")
+        parallel_state.initialize_model_parallel(1)
