@@ -70,7 +70,8 @@ def _plan_merged(
     modules = list(packed_modules) or [_name(layer)]
     outputs: list[Output] | None = None
     halves = len(sizes) == 2 and (len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1]))
-    if halves and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
+    made_for = halves and (len(modules) == 1 or _stock_takes_pairs(layer, modules))
+    if made_for and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
         # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
         if type(layer).weight_loader is not MergedColumnParallelLinear.weight_loader:
             outputs = read_outputs(layer)

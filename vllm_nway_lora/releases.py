@@ -49,6 +49,14 @@ def support(version: str) -> Support:
     return Support.TESTED if release.public in TESTED else Support.UNTESTED
 
 
+def gathers_what_is_whole(version: str) -> bool:
+    """Tell whether vLLM's LoRA on pairs gathers over all ranks what no rank lacks: to 0.24.0."""
+    try:
+        return Version(Version(version).base_version) < Version("0.25.0")
+    except InvalidVersion:
+        return False
+
+
 @dataclass(frozen=True)
 class Seen:
     """How a defect shows in a run of releases.
@@ -210,6 +218,15 @@ DEFECTS = (
         (Seen("0.20.0", "0.24.0", ("einsum(): subscript i has size",)),),
         (),
         "0.25.0 did.",
+    ),
+    Defect(
+        "two-names-two-layers",
+        "An adapter on the MLA projections (DeepSeek, Kimi-K2, A.X K1, openPangu) is served as the "
+        "base model. Nothing is said. (To 0.19.1 the engine does not start where the projection's "
+        "class is a subclass.)",
+        (Seen("0.17.0", "0.21.0"),),
+        (),
+        "`wrapped_by_id` did (0.22.0).",
     ),
     Defect(
         "unfused",

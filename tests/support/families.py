@@ -104,7 +104,7 @@ FAMILIES = (
                 ALWAYS_EXACT,
             ),
         ),
-        since="0.21.0",
+        since="0.28.0",
     ),
     Family(
         "Qwen3-Next",

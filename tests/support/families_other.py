@@ -104,6 +104,7 @@ OTHER_FAMILIES = (
             "mamba_num_heads": 8,
             "mamba_d_state": 16,
             "mamba_d_conv": 4,
+            "mamba_chunk_size": 16,
             "mamba_step": 2,
             "mamba_enabled": True,
         },
