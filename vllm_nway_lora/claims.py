@@ -73,10 +73,10 @@ def _plan_merged(
     made_for = halves and (len(modules) == 1 or _stock_takes_pairs(layer, modules))
     if made_for and not refusals and not hasattr(layer, HANDED_ROWS_ATTRIBUTE):
         # What vLLM's own classes are made for, unless the layer's own loader replicates a part.
-        if type(layer).weight_loader is not MergedColumnParallelLinear.weight_loader:
-            outputs = read_outputs(layer)
-        replicates = outputs and [output.rows for output in outputs] != list(sizes)
-        if not replicates and (len(modules) == 1 or _stock_takes_pairs(layer, modules)):
+        if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
+            return None
+        outputs = read_outputs(layer)
+        if all(output.rows == size for output, size in zip(outputs, sizes, strict=True)):
             return None
     plan = build_plan(
         _name(layer),

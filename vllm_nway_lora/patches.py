@@ -256,7 +256,7 @@ GROUPS = (
                 _wrapped("mappings", "create_lora_modules"),
             ),
         ),
-        ("layers-of-two-names",),
+        ("two-names-two-layers",),
     ),
     # Mamba2 sets a loader on the weight of its `in_proj`, which packing for CPU or quantisation drops.
     Group(

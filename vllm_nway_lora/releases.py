@@ -49,14 +49,6 @@ def support(version: str) -> Support:
     return Support.TESTED if release.public in TESTED else Support.UNTESTED
 
 
-def gathers_what_is_whole(version: str) -> bool:
-    """Tell whether vLLM's LoRA on pairs gathers over all ranks what no rank lacks: to 0.24.0."""
-    try:
-        return Version(Version(version).base_version) < Version("0.25.0")
-    except InvalidVersion:
-        return False
-
-
 @dataclass(frozen=True)
 class Seen:
     """How a defect shows in a run of releases.
@@ -168,13 +160,6 @@ DEFECTS = (
         (Seen("0.17.0", None),),
         (),
         "LoRA that follows the loader of that projection. Not reported upstream as far as we know.",
-    ),
-    Defect(
-        "layers-of-two-names",
-        "An adapter on DeepSeek's latent-attention projections is ignored. Nothing is said.",
-        (Seen("0.17.0", "0.21.0"),),
-        (),
-        "One LoRA layer per base layer, as 0.22.0 did.",
     ),
     Defect(
         "served-in-part",

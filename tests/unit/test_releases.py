@@ -16,7 +16,7 @@ from vllm_nway_lora import patches, releases
 from vllm_nway_lora.releases import DEFECTS, TESTED, Defect, Seen, Support
 
 COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
-[WORKER_GROUP] = [g for g in patches.GROUPS if g.anchor == "vllm.lora.worker_manager"]
+WORKER_GROUP = next(g for g in patches.GROUPS if g.anchor == "vllm.lora.worker_manager")
 
 
 class Lines(logging.Handler):
