@@ -35,7 +35,7 @@ MODELS = {
     ),
     # Mamba2 with one group, which every rank holds: stock counts the rows as if they were split.
     "granite_hybrid": Model(
-        checkpoints.save_granite_hybrid, adapters.GRANITE_HYBRID, [(), (SHARDED,)], (), None
+        checkpoints.save_granite_hybrid, adapters.GRANITE_HYBRID, [()], (), None
     ),
     # Three outputs, seen as one module: stock has no sharded layer for them.
     "lfm2": Model(checkpoints.save_lfm2, adapters.LFM2, [(SHARDED,)], (SHARDED,), IGNORED),
