@@ -46,7 +46,7 @@ def main() -> int:
         report = runner.run_pytest(release, python, paths, log)
         counts = runner.count(report)
         environment.say(f"vLLM {release}: {counts['passed']} passed, {counts['failed']} failed")
-        if counts["failed"]:
+        if counts["failed"] or not counts["passed"]:
             print(log.read_text())
             status = 1
     return status
