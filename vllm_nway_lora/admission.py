@@ -64,16 +64,16 @@ def load_adapter(wrapped: Any, worker_manager: Any, args: Any, kwargs: Any) -> A
     for reason, modules in findings.left_out.items():
         logger.warning("%s is served without %s: %s.", who, ", ".join(modules), reason)
     problems, advice = findings.problems, ""
-    if findings.homeless and settings.read_mode() is settings.Mode.LENIENT:
+    if findings.unmatched and settings.read_mode() is settings.Mode.LENIENT:
         logger.warning(
             "%s is served without part of it, as %s=%s says: %s.",
             who,
             settings.VARIABLE,
             settings.Mode.LENIENT.value,
-            "; ".join(findings.homeless),
+            "; ".join(findings.unmatched),
         )
-    elif findings.homeless:
-        problems = problems + findings.homeless
+    elif findings.unmatched:
+        problems = problems + findings.unmatched
         advice = (
             f" {settings.VARIABLE}={settings.Mode.LENIENT.value} serves adapters without the "
             "modules that have no layer."
@@ -155,12 +155,12 @@ class Findings:
 
     Attributes:
         problems: tensors that cannot be applied exactly.
-        homeless: modules that no layer takes, and that should have one here.
+        unmatched: modules that no layer takes, and that should have one here.
         left_out: reason -> modules that this server's settings leave out.
     """
 
     problems: list[str]
-    homeless: list[str]
+    unmatched: list[str]
     left_out: dict[str, list[str]]
 
 
@@ -188,14 +188,14 @@ def check(manager: Any, adapter: Any) -> Findings:
         for module, weights in rest.items()
         for problem in pair_problems(weights, manager.lora_config.max_lora_rank, is_moe=True)
     ]
-    return Findings(problems, *_whereabouts(manager, adapter, rest))
+    return Findings(problems, *_sort_unclaimed(manager, adapter, rest))
 
 
-def _whereabouts(
+def _sort_unclaimed(
     manager: Any, adapter: Any, rest: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, list[str]]]:
     """Tell modules that no layer here takes and should, from those that rightly have none here."""
-    homeless: list[str] = []
+    unmatched: list[str] = []
     left_out: dict[str, list[str]] = {}
     layers = dict(manager.model.named_modules(remove_duplicate=False)) if rest else {}
     # Layers of other pipeline ranks, and towers that this server runs without.
@@ -211,7 +211,7 @@ def _whereabouts(
         names = [module, *_fused_names(manager.packed_modules_mapping, module)]
         here = next((name for name in names if name in layers), None)
         if here is None:
-            homeless.append(f"module {module}: this model has no such layer")
+            unmatched.append(f"module {module}: this model has no such layer")
         elif targets is not None and not any(
             name in targets or name.rpartition(".")[2] in targets for name in names
         ):
@@ -220,11 +220,11 @@ def _whereabouts(
             left_out.setdefault("this server has LoRA on no such part", []).append(module)
         else:
             modules = [path.rpartition(".")[2] for path in manager.packed_modules.get(here, ())]
-            homeless.append(
+            unmatched.append(
                 f"module {module}: vLLM would ignore it, since its layer {here} "
                 f"({type(layers[here]).__name__}) takes {', '.join(modules) or 'no LoRA'}"
             )
-    return homeless, left_out
+    return unmatched, left_out
 
 
 def _fused_names(packed: Mapping[str, Sequence[str]], module: str) -> list[str]:

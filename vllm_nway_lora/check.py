@@ -276,7 +276,7 @@ def _check_rank(
     rest = {n: w for n, w in adapter.loras.items() if id(w) not in taken and ".experts" not in n}
     if plugin:
         found = findings_of(manager, adapter)
-        for problem in [*found.problems, *found.homeless]:
+        for problem in [*found.problems, *found.unmatched]:
             if ".experts" not in problem:
                 whole.worsen(REFUSED, problem)
     for name, weights in rest.items():
