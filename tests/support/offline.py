@@ -75,14 +75,23 @@ def serve(
 
 
 def main(job: dict[str, Any]) -> None:
+    import inspect
     import multiprocessing
 
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.v1.executor import multiproc_executor
+    from vllm.v1.worker import cpu_worker
 
-    # vLLM spawns on CPU; nothing here has used a device or a thread that a fork would lose.
-    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+    def get_mp_context() -> Any:
+        # vLLM spawns on CPU; nothing here has used a device or a thread that a fork would lose.
+        # 0.18's workers refuse to start unless two libraries that only speed them up are named as
+        # preloaded; later ones warn (vllm/v1/worker/cpu_worker.py, init_device).
+        if "raise RuntimeError" in inspect.getsource(cpu_worker.CPUWorker.init_device):
+            os.environ["LD_PRELOAD"] = "libtcmalloc libiomp"
+        return multiprocessing.get_context("fork")
+
+    multiproc_executor.get_mp_context = get_mp_context
     llm = LLM(
         job["checkpoint"],
         dtype="bfloat16",
