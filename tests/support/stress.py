@@ -100,7 +100,9 @@ class Soak:
     def run(self, server: Server, steps: int, seed: int = 0) -> None:
         """Do ``steps`` loads, unloads or refusals, and a request after each; then unload all."""
         random = Random(seed)
-        for _ in range(steps):
+        for step in range(steps):
+            if step and step % 100 == 0:
+                print(step, dict(self.counts), flush=True)
             self._step(server, random)
             if self._served:
                 self._ask(server, random)
