@@ -210,6 +210,14 @@ DEFECTS = (
         "0.25.0 did.",
     ),
     Defect(
+        "whole-layer-gathered",
+        "With `--fully-sharded-loras` and tensor parallelism, LoRA-A's products are gathered for a "
+        "projection that every rank holds whole (MLA); on CPU the request fails.",
+        (Seen("0.17.0", "0.24.0", ("einsum(): subscript i has size",)),),
+        (),
+        "0.25.0 did.",
+    ),
+    Defect(
         "two-names-two-layers",
         "An adapter on the MLA projections (DeepSeek, Kimi-K2, A.X K1, openPangu) is served as the "
         "base model. Nothing is said. (To 0.19.1 the engine does not start where the projection's "
