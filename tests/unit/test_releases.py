@@ -41,6 +41,8 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str
     monkeypatch.setattr(patches, "GROUPS", (WORKER_GROUP,))
     logger, handler = logging.getLogger("vllm.nway_lora"), Lines()
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     vllm_nway_lora.unregister()
 
     def register(version: str, mode: str = "1") -> list[str]:
@@ -51,6 +53,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str
         return handler.lines
 
     yield register
+    logger.setLevel(level)
     logger.removeHandler(handler)
     vllm_nway_lora.unregister()
 
