@@ -98,12 +98,12 @@ def _plan_single(layer: Any, modules: Sequence[str]) -> FusionPlan | None:
 def _stock_takes_pairs(layer: Any, modules: Sequence[str]) -> bool:
     """Tell whether vLLM has a LoRA class for a pair of outputs on ``layer`` that serves it.
 
-    To 0.19.1 it has none for subclasses: the engine does not start, or ignores the adapter. To
-    0.24.0 the one that it has gathers over all ranks what each holds whole; CPU kernels fail on that.
+    To 0.19.1 it has none for subclasses: the engine does not start, or ignores the adapter. In
+    some releases it gathers over all ranks what no rank lacks, which costs time and fails on CPU.
     """
-    whole = layer.tp_size < get_tensor_model_parallel_world_size()
-    gathers = releases.defect("gathered-when-whole").messages(vllm.__version__) is not None
-    if whole and gathers:
+    ranks = get_tensor_model_parallel_world_size()
+    gathers = "whole-layer-gathered" if layer.tp_size < ranks else "gathered-when-whole"
+    if ranks > 1 and releases.defect(gathers).messages(vllm.__version__) is not None:
         return False
     return bool(
         MergedColumnParallelLinearWithLoRA.can_replace_layer(

@@ -95,9 +95,15 @@ def _show_doctor(report: examining.Report, console: Console) -> None:
     if report.patches:
         table = _table("patch", "on vLLM's", "state")
         for patch in report.patches:
-            note = ": ".join(filter(None, [patch.state, patch.reason]))
+            reason = "" if patch.state == "on" else patch.reason
+            note = ": ".join(filter(None, [patch.state, reason]))
             note += f" (before us: {patch.replaced_by})" if patch.replaced_by else ""
             table.add_row(patch.name, patch.target.removeprefix("vllm."), _styled(note))
+        console.print(table)
+    if report.defects:
+        table = _table("stock vLLM of this release", "what users see, and upstream's threads")
+        for name, text in report.defects.items():
+            table.add_row(name, text.replace("`", ""))
         console.print(table)
     if report.selftest:
         exact = sum(verdict == "exact" for verdict in report.selftest.values())

@@ -34,12 +34,14 @@ class Report:
         versions: distribution or module -> its version, or what stands in its place.
         warnings: what keeps the plugin from doing its job, the gravest first; empty if nothing does.
         patches: every touch on vLLM.
+        defects: what stock vLLM of this release gets wrong, as users see it, with upstream's threads.
         selftest: layer and mode -> ``exact`` or what went wrong; empty where the plugin is not on.
     """
 
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     patches: list[PatchState] = field(default_factory=list)
+    defects: dict[str, str] = field(default_factory=dict)
     selftest: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -55,6 +57,11 @@ def examine() -> Report:
     if "not installed" in report.versions["vllm"]:
         report.warnings.append(f"vLLM: {report.versions['vllm']}")
         return report
+    report.defects = {
+        defect.name: " ".join([defect.user_sees, *defect.upstream])
+        for defect in releases.DEFECTS
+        if defect.messages(str(importlib.import_module("vllm").__version__)) is not None
+    }
     if settings.read_mode() is settings.Mode.OFF:
         report.warnings.append(f"{settings.VARIABLE}=0: the plugin is off")
         return report
@@ -123,11 +130,14 @@ def _register(report: Report) -> None:
     except RuntimeError as error:
         report.warnings.append(str(error))
     on = patches.applied()
+    vllm_version = str(importlib.import_module("vllm").__version__)
     for group in patches.GROUPS:
         for patch in group.patches:
             target = f"{patch.module}.{patch.attribute}"
-            state, reason = ON, ""
-            if patch not in on:
+            state, reason = ON, f"mends {', '.join(group.defects)}"
+            if not group.needed(vllm_version):
+                state, reason = NOT_NEEDED, f"this vLLM has no {', '.join(group.defects)}"
+            elif patch not in on:
                 state, reason = ASIDE, unimportable.get(group.anchor, "")
                 try:
                     patch.find()

@@ -110,10 +110,11 @@ def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, k
     for name, module in list(manager.modules.items()):
         if not isinstance(module, BaseLinearLayerWithLoRA):
             continue
-        kept = first.setdefault(id(module.base_layer), module)
-        if kept is not module:
-            parent, _, child = name.rpartition(".")
-            setattr(manager.model.get_submodule(parent), child, kept)
-            # Under this name no adapter has tensors, so vLLM would reset what the first name set.
-            del manager.modules[name]
-            manager.packed_modules.pop(name, None)
+        if id(module.base_layer) not in first:
+            first[id(module.base_layer)] = module
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(manager.model.get_submodule(parent), child, first[id(module.base_layer)])
+        # Under this name no adapter has tensors, so vLLM would reset what the first name set.
+        del manager.modules[name]
+        manager.packed_modules.pop(name, None)

@@ -184,6 +184,7 @@ GROUPS = (
             "unwrapped-when-fully-sharded",
             "one-module-cut-in-halves",
             "gathered-when-whole",
+            "whole-layer-gathered",
             "copied-lora-a",
             "served-in-part",
             "patterns-ignored",

@@ -138,7 +138,10 @@ FAMILIES = (
                 UNWRAPPED,
             ),
         ),
-        stubs=(f"{VLLM}.layers.mamba.gdn.olmo_gdn_linear_attn.set_triton_allocator",),
+        stubs=(
+            f"{VLLM}.layers.mamba.gdn.olmo_gdn_linear_attn.set_triton_allocator",
+            f"{VLLM}.models.olmo_hybrid.set_triton_allocator",  # to 0.21.0
+        ),
         since="0.18.0",
     ),
     *(
@@ -210,6 +213,7 @@ FAMILIES = (
             "expand": 2,
         },
         (_mamba2(f"{LAYER}.mixer.in_proj", "backbone.layers.0.mixer.in_proj", 8),),
+        since="0.20.0",  # before, transformers did not know it
     ),
     Family(
         "Bamba",

@@ -74,16 +74,24 @@ MLA_FAMILIES = (
         },
         (_down(), _indexer((REFUSED,) * 4)),
         stubs=_STUBS,
+        since="0.20.0",  # before, the indexer had two layers
     ),
     Family(
         "GLM-4-MoE-Lite",
         {**_MLA, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]},
         (_down(),),
         stubs=(*_STUBS, f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters"),
+        since="0.20.0",  # before, transformers did not know it
     ),
     Family(
         "A.X K1",
-        {**_MLA, "model_type": "axk1", "architectures": ["AXK1ForCausalLM"]},
+        # Its configuration's class differs between releases of transformers.
+        {
+            **_MLA,
+            "model_type": "deepseek_v3",
+            "architectures": ["AXK1ForCausalLM"],
+            "num_nextn_predict_layers": 0,
+        },
         (_down(),),
         stubs=_STUBS,
     ),
@@ -116,6 +124,7 @@ MLA_FAMILIES = (
                 "HYV4MLAAttention._resolve_sink_backend",
             )
         ),
+        since="0.32.0",
     ),
     Family(
         "LongCat-Flash",

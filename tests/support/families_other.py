@@ -83,6 +83,7 @@ OTHER_FAMILIES = (
             "text_config": _LFM2,
             "vision_config": {**_VISION, "model_type": "siglip2_vision_model"},
             "projector_hidden_size": 32,
+            "projector_use_layernorm": True,
         },
         (
             Fused(
@@ -262,6 +263,7 @@ OTHER_FAMILIES = (
             "num_hidden_layers": 1,
         },
         (Fused("encoder_layer.layers.0.mlp.Wi", {f"{LAYER}.mlp.Wi": 128}, ALWAYS_EXACT),),
+        since="0.32.0",
     ),
     Family(
         "ChatGLM",

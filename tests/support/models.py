@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -57,7 +58,9 @@ class RankModel:
         from vllm.config.lora import LoRAConfig
         from vllm.model_executor.model_loader.utils import initialize_model
 
-        _register_class(config["architectures"][0])
+        for part in (config, config.get("text_config", {})):
+            for architecture in part.get("architectures", ()):
+                _register_class(architecture)
         self.group = StandInGroup(rank, size)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -183,7 +186,13 @@ def _register_class(architecture: str) -> None:
 
     registered = ModelRegistry.models[architecture]
     if hasattr(registered, "module_name"):
-        ModelRegistry.register_model(architecture, registered.load_model_cls())
+        model_class = registered.load_model_cls()
+        ModelRegistry.register_model(architecture, model_class)
+        # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
+        layer_types = getattr(sys.modules[model_class.__module__], "ALL_DECODER_LAYER_TYPES", {})
+        if "mamba" in layer_types:
+            layer_types.setdefault("linear_attention", layer_types["mamba"])
+            layer_types.setdefault("full_attention", layer_types["attention"])
 
 
 def _convolutions_left_alone() -> AbstractContextManager[Any]:
