@@ -210,6 +210,7 @@ ATTENTION_FAMILIES = (
             ),
         ),
         stubs=(("vllm.model_executor.models.openpangu.StaticSinkAttention", mock.MagicMock()),),
+        since="0.32.0",
     ),
     Family(
         "K2-Horizon",
