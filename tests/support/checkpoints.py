@@ -108,6 +108,10 @@ def save_lfm2(folder: Path) -> Path:
         layer_types=["conv", "conv", "full_attention"],
         conv_L_cache=3,
         block_auto_adjust_ff_dim=False,
+        # vLLM asks for these, which published checkpoints have and transformers does not.
+        block_dim=128,
+        block_ff_dim=256,
+        conv_dim=128,
     )
     return _save(Lfm2ForCausalLM, config, folder)
 

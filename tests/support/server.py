@@ -76,7 +76,7 @@ class Server:
                 self._request("/health")
                 return self
             except (ServerError, OSError):
-                if self._process.poll() is not None or time.monotonic() - started > 300:
+                if self._process.poll() is not None or time.monotonic() - started > 600:
                     self.__exit__(None, None, None)
                     tail = self.log.read_text()[-3000:]
                     raise ServerError(f"The server did not start:\n{tail}") from None
@@ -161,7 +161,7 @@ class Server:
         # No proxy: the server is on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=120) as response:
+            with opener.open(request, timeout=300) as response:
                 return str(response.read().decode())
         except urllib.error.HTTPError as error:
             text = error.read().decode()
