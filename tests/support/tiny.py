@@ -151,7 +151,10 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
     from vllm.model_executor.models.utils import PPMissingLayer
 
     class GateUp(MergedColumnParallelLinear):
-        """A subclass, which vLLM's LoRA takes only where it is not sharded."""
+        """With a forward of its own: vLLM's LoRA takes it where it is not sharded, ours nowhere."""
+
+        def forward(self, input_: torch.Tensor) -> Any:
+            return super().forward(input_)
 
     gate_up_class = GateUp if unwrappable else MergedColumnParallelLinear
 

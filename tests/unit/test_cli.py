@@ -51,7 +51,8 @@ def test_doctor_names_an_attribute_that_is_not_there() -> None:
     )
     assert status == 1
     assert any("vllm.lora.utils._all_lora_classes" in warning for warning in report["warnings"])
-    assert {patch["state"] for patch in report["patches"]} == {"aside", "not needed here"}
+    states = {patch["state"] for patch in report["patches"]}
+    assert "aside" in states <= {"aside", "not needed here"}
 
 
 def test_doctor_names_who_replaced_a_target_before_us() -> None:
