@@ -24,7 +24,7 @@ import torch
 from vllm.lora.request import LoRARequest
 
 import vllm_nway_lora
-from vllm_nway_lora import offline
+from vllm_nway_lora import fusions, offline
 from vllm_nway_lora.admission import check as findings_of
 from vllm_nway_lora.fit import given_to, problems_of
 from vllm_nway_lora.plan import FusionPlan, PlanError
@@ -182,10 +182,11 @@ def plan(model: str, *, tensor_parallel_size: int = 1, fully_sharded: bool = Fal
 def _plan_rank(manager: Any, rows: dict[str, Row]) -> None:
     for name, layer in manager.modules.items():
         found: FusionPlan | None = getattr(layer, "plan", None)
-        packed = [module.rpartition(".")[2] for module in manager.packed_modules.get(name, ())]
+        own = name.rpartition(".")[2]
+        packed = manager.packed_modules_mapping.get(own, [])
         if found is None and not packed:
             continue
-        modules: dict[str, int | None] = dict.fromkeys(packed or [name])
+        modules: dict[str, int | None] = dict.fromkeys(packed or [own])
         if found is not None and not found.by_rows:
             modules = {part.module: part.rows for part in found.slices}
         row = rows.setdefault(name, Row(name, modules, 0))
@@ -198,7 +199,11 @@ def _plan_rank(manager: Any, rows: dict[str, Row]) -> None:
 def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
     for name, row in rows.items():
         layer = manager.modules.get(name)
-        if layer is None:
+        own = name.rpartition(".")[2]
+        if list(manager.packed_modules_mapping.get(own) or [own]) != list(row.modules):
+            row.stock.worsen(REFUSED, "its class does not list these modules as parts of it")
+            continue
+        if layer is None or _renamed_unknown(manager.model):
             row.stock.worsen(IGNORED, "no LoRA layer takes it, and no error says so")
             continue
         modules = list(row.modules)
@@ -216,6 +221,13 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
                 for module, rows_of in row.modules.items()
             ]
             row.stock.worsen(*_stock_verdict(layer, row.plan[rank], given, []))
+
+
+def _renamed_unknown(model: Any) -> bool:
+    """Tell whether vLLM looks for the modules of ``model`` by names that its checkpoints lack."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    renames = fusions.RENAMES.get(type(model).__name__, {})
+    return any(old not in getattr(mapper, "orig_to_new_substr", {}) for old in renames)
 
 
 def _one_row(layer: Any, rows: int | None) -> Any:
