@@ -114,27 +114,34 @@ def check(
     rows: dict[str, Row] = {}
     whole = {True: Verdict(), False: Verdict()}
     with empty_twin(Path(adapter)) as twin:
-        # With the plugin first: its plans say where a module's rows belong.
-        for plugin, verdict in whole.items():
-            _switch(plugin)
-            for number in range(tensor_parallel_size):
-                here = offline.configure(
-                    model,
-                    number,
-                    tensor_parallel_size,
-                    fully_sharded=fully_sharded,
-                    max_lora_rank=rank,
-                )
-                try:
-                    offline.build(here)
-                    here.wrap()
-                except Exception as error:
-                    verdict.worsen(FAILS, _say(error))
-                    continue
-                with here.current():
-                    _check_rank(here, twin, plugin, rows, verdict)
-    _switch(False)
+        for plugin, here in _ranks(
+            model, tensor_parallel_size, whole, fully_sharded=fully_sharded, max_lora_rank=rank
+        ):
+            _check_rank(here, twin, plugin, rows, whole[plugin])
     return _report(rows, whole)
+
+
+def _ranks(
+    model: str, size: int, whole: Mapping[bool, Verdict], **options: Any
+) -> Iterator[tuple[bool, offline.Rank]]:
+    """Yield every rank with its model wrapped, made current, with the plugin on and then off.
+
+    With the plugin first, because its plans say where a module's rows belong. A rank that cannot
+    be built worsens the verdict of its side.
+    """
+    for plugin, verdict in whole.items():
+        _switch(plugin)
+        for number in range(size):
+            here = offline.configure(model, number, size, **options)
+            try:
+                offline.build(here)
+                here.wrap()
+            except Exception as error:
+                verdict.worsen(FAILS, _say(error))
+                continue
+            with here.current():
+                yield plugin, here
+    _switch(False)
 
 
 def _report(rows: Mapping[str, Row], whole: Mapping[bool, Verdict]) -> Report:
@@ -157,25 +164,11 @@ def plan(model: str, *, tensor_parallel_size: int = 1, fully_sharded: bool = Fal
     need(model, "config.json")
     rows: dict[str, Row] = {}
     whole = {True: Verdict(), False: Verdict()}
-    # With the plugin first: its plans say how many rows each module has.
-    for number in range(tensor_parallel_size):
-        for plugin, verdict in whole.items():
-            _switch(plugin)
-            here = offline.configure(
-                model, number, tensor_parallel_size, fully_sharded=fully_sharded
-            )
-            try:
-                offline.build(here)
-                here.wrap()
-            except Exception as error:
-                verdict.worsen(FAILS, _say(error))
-                continue
-            with here.current():
-                if plugin:
-                    _plan_rank(here.lora_manager, rows)
-                else:
-                    _try_stock(here.lora_manager, number, rows)
-    _switch(False)
+    for plugin, here in _ranks(model, tensor_parallel_size, whole, fully_sharded=fully_sharded):
+        if plugin:
+            _plan_rank(here.lora_manager, rows)
+        else:
+            _try_stock(here.lora_manager, here.group.rank, rows)
     return _report(rows, whole)
 
 

@@ -37,7 +37,7 @@ class StandInGroup:
         self.world_size = size
         self.ranks = list(range(size))
         self.unique_name = f"stand-in:{rank}"
-        self.cpu_group = self.device_group = None
+        self.cpu_group = self.device_group = self.device_communicator = None
         self.sent: list[torch.Tensor] = []
         self.replies: list[torch.Tensor] = []
 

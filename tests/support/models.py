@@ -18,34 +18,14 @@ from unittest import mock
 
 import torch
 
+from vllm_nway_lora.offline import StandInGroup
+
 MAX_LORAS = 4
 MAX_RANK = 8
 
 
 # vLLM has no LoRA on Inkling without this.
 os.environ["INKLING_MULTIMEM_AR"] = "0"
-
-
-class StandInGroup:
-    """What layers ask of a tensor-parallel group, for one rank that is not really there."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank_in_group = self.rank = self.local_rank = rank
-        self.world_size = size
-        self.ranks = list(range(size))
-        self.unique_name = f"stand-in:{rank}"
-        self.cpu_group = self.device_group = self.device_communicator = None
-        self.sent: list[torch.Tensor] = []
-        self.replies: list[torch.Tensor] = []
-
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        self.sent.append(x.clone())
-        if self.replies:
-            return self.replies.pop(0)
-        return torch.cat([x] * self.world_size, dim)  # of the right shape, for the first pass
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x
 
 
 class RankModel:
