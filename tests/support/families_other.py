@@ -226,6 +226,7 @@ OTHER_FAMILIES = (
                 "num_layers": 1,
                 "input_dim": 8,
                 "hidden_dim": 32,
+                "output_dim": 64,  # of 42 as published, four ranks cannot take equal parts
                 "num_heads": 8,
                 "dim_head": 4,
                 "context_size": 8,
