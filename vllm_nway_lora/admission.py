@@ -18,6 +18,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm_nway_lora import settings
 from vllm_nway_lora.containment import PREPARED, AdapterError
 from vllm_nway_lora.fit import given_to, pair_problems, problems_of
+from vllm_nway_lora.layer import NWayLinearWithLoRA
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -80,6 +81,7 @@ def load_adapter(wrapped: Any, worker_manager: Any, args: Any, kwargs: Any) -> A
         )
     if problems:
         raise AdapterError(_refusal(request, problems) + advice)
+    logger.info("%s is served: %s.", who, findings.summary())
     return adapter
 
 
@@ -157,11 +159,25 @@ class Findings:
         problems: tensors that cannot be applied exactly.
         unmatched: modules that no layer takes, and that should have one here.
         left_out: reason -> modules that this server's settings leave out.
+        applied: the ``LoRALayerWeights`` that layers of this rank take.
+        fused: how many of them are in projections that this package serves.
     """
 
     problems: list[str]
     unmatched: list[str]
     left_out: dict[str, list[str]]
+    applied: list[Any]
+    fused: int
+
+    def summary(self) -> str:
+        """Say what is applied: the highest rank, and the bytes of the tensors as loaded."""
+        tensors = [t for weights in self.applied for t in (weights.lora_a, weights.lora_b)]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        rank = max((weights.rank for weights in self.applied), default=0)
+        return (
+            f"{len(self.applied)} modules, {self.fused} of them in N-way fused projections, rank "
+            f"{rank}, {size} bytes"
+        )
 
 
 def check(manager: Any, adapter: Any) -> Findings:
@@ -172,11 +188,14 @@ def check(manager: Any, adapter: Any) -> Findings:
         adapter: the ``LoRAModel``, loaded and not packed yet.
     """
     problems: list[str] = []
-    taken: set[int] = set()
+    taken: dict[int, Any] = {}
+    fused = 0
     for name, layer in manager.modules.items():
         given = given_to(manager, adapter, name, layer)
-        present = {id(weights) for _, weights in given if weights is not None}
+        present = {id(weights): weights for _, weights in given if weights is not None}
         if present:
+            if isinstance(layer, NWayLinearWithLoRA):
+                fused += len(present.keys() - taken.keys())
             taken |= present
             problems += problems_of(manager, name, layer, given)
     if not adapter.loras:
@@ -188,7 +207,8 @@ def check(manager: Any, adapter: Any) -> Findings:
         for module, weights in rest.items()
         for problem in pair_problems(weights, manager.lora_config.max_lora_rank, is_moe=True)
     ]
-    return Findings(problems, *_sort_unclaimed(manager, adapter, rest))
+    unclaimed = _sort_unclaimed(manager, adapter, rest)
+    return Findings(problems, *unclaimed, list(taken.values()), fused)
 
 
 def _sort_unclaimed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ def test_good_adapters_are_admitted(ranks: Ranks, tmp_path: Path, fully_sharded:
         assert ranks.run(manager.add, "good", seed + 1, folder) == [""] * ranks.size
         if not fully_sharded:  # where A is sharded, one rank's tensors do not make up its weight
             assert all(ranks.run(manager.is_exact, seed + 1, folder)), modules
+
+
+def test_a_line_says_what_is_applied(ranks: Ranks, tmp_path: Path) -> None:
+    tensors = tiny.tensors(
+        0, [f"{LAYER.removeprefix(PREFIX)}{m}" for m in ("mlp.down_proj", "linear_attn.in_proj_z")]
+    )
+    folder = tiny.save(tmp_path / "a", tensors)
+    ranks.run(manager.start)
+    ranks.run(manager.said, logging.INFO)
+    ranks.run(manager.add, "a", 1, folder)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    for [line] in ranks.run(manager.said, logging.INFO):
+        assert line == (
+            f"LoRA adapter 'a' ({folder}) is served: 2 modules, 1 of them in N-way fused projections, "
+            f"rank {RANK}, {size} bytes."
+        )
 
 
 #: What is added to (or, None, taken from) a good adapter's tensors; its config; words of the error.
@@ -132,9 +149,9 @@ class TestExemptions:
             pytest.skip("this release has no target_modules")
         folder = tiny.save(tmp_path / "a", tiny.tensors(0))
         ranks.run(manager.start, target_modules=["qkv_proj", "o_proj"])
-        ranks.run(manager.warnings)
+        ranks.run(manager.said, logging.WARNING)
         assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-        for [warning] in ranks.run(manager.warnings):
+        for [warning] in ranks.run(manager.said, logging.WARNING):
             assert "is served without" in warning
             assert "model.layers.1.mlp.down_proj, " in warning
             assert "--lora-target-modules does not name them" in warning
@@ -144,10 +161,10 @@ class TestExemptions:
         tower = pair(f"{PREFIX}visual.attn.proj", 32, 32)
         language = tiny.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
         ranks.run(manager.start, multimodal=True)
-        ranks.run(manager.warnings)
+        ranks.run(manager.said, logging.WARNING)
         folder = tiny.save(tmp_path / "a", language | tower)
         assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-        for [warning] in ranks.run(manager.warnings):
+        for [warning] in ranks.run(manager.said, logging.WARNING):
             assert "is served without visual.attn.proj: this server has LoRA on no such" in warning
         nowhere = pair(f"{PREFIX}visual.other.proj", 32, 32)
         folder = tiny.save(tmp_path / "b", language | nowhere)
@@ -179,9 +196,9 @@ def test_lenient_serves_the_rest_and_says_what_it_drops(ranks: Ranks, tmp_path: 
     extra = pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32)
     folder = tiny.save(tmp_path / "a", tiny.tensors(0) | extra)
     ranks.run(manager.start, mode="lenient")
-    ranks.run(manager.warnings)
+    ranks.run(manager.said, logging.WARNING)
     assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-    for [warning] in ranks.run(manager.warnings):
+    for [warning] in ranks.run(manager.said, logging.WARNING):
         assert (
             "served without part of it, as VLLM_NWAY_LORA=lenient says: module model.layers.7."
             in (warning)

@@ -133,12 +133,12 @@ def _served(layer: Any, slot: int) -> torch.Tensor:
 
 
 _rank: Rank
-_warnings: list[str] = []
+_said: list[tuple[int, str]] = []
 
 
 class _Keep(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _warnings.append(record.getMessage())
+        _said.append((record.levelno, record.getMessage()))
 
 
 def start(**options: Any) -> list[str]:
@@ -146,7 +146,8 @@ def start(**options: Any) -> list[str]:
     global _rank
     logger = logging.getLogger("vllm.nway_lora")
     if not any(isinstance(handler, _Keep) for handler in logger.handlers):
-        logger.addHandler(_Keep(logging.WARNING))
+        logger.addHandler(_Keep())
+        logger.setLevel(logging.INFO)
     _rank = Rank(**options)
     return list(_rank.manager.modules)
 
@@ -161,11 +162,11 @@ def has(number: int) -> bool:
     return number in _rank.worker_manager.list_adapters()
 
 
-def warnings() -> list[str]:
-    """Return what this package has warned of since the last call."""
-    said = list(_warnings)
-    _warnings.clear()
-    return said
+def said(level: int) -> list[str]:
+    """Return what this package has said at a level since the last call for any."""
+    lines = [line for of, line in _said if of == level]
+    _said.clear()
+    return lines
 
 
 def is_exact(number: int, folder: Path) -> bool:
