@@ -81,8 +81,7 @@ def compare(model: Model, folder: Path, console: Console) -> list[dict[str, Any]
                         (served.reference.compare(name, answer) for answer in answers),
                         key=lambda comparison: comparison.error,
                     )
-                    verdict = "exact" if worst.exact else "wrong"
-                    found[name] = f"{verdict}: {worst.error:.2f} of {worst.effect:.2f}"
+                    found[name] = f"{worst.word}: {worst.error:.2f} of {worst.effect:.2f}"
                 console.print(f"  {name}: {found[name]}")
     return [
         {

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 from support import adapters, checkpoints
 from support.adapters import Comparison, Served, make, prompts
+from support.foretold import foretell
 from support.server import Server
 
 SHARDED = "--fully-sharded-loras"
@@ -77,8 +78,12 @@ def serve(
 def test_every_adapter_equals_peft(
     served: Callable[[str], Served], tmp_path: Path, name: str, arguments: Sequence[str]
 ) -> None:
-    found = serve(served(name), tmp_path / "log", arguments, plugin=True)
+    model = served(name)
+    found = serve(model, tmp_path / "log", arguments, plugin=True)
     assert all(comparison.exact for comparison in found.values()), found
+    assert words(found) == foretell(
+        model.folder, model.adapters, arguments, plugin=True, tensor_parallel_size=2
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,8 +91,16 @@ def test_stock_vllm_is_wrong_and_raises_nothing(
     served: Callable[[str], Served], tmp_path: Path, name: str
 ) -> None:
     """Fails when upstream mends it."""
-    model = MODELS[name]
-    found = serve(served(name), tmp_path / "log", model.stock_with, plugin=False)
+    model, made = MODELS[name], served(name)
+    found = serve(made, tmp_path / "log", model.stock_with, plugin=False)
     for comparison in found.values():
         assert comparison.error > comparison.effect / 2, found
+    assert set(words(found).values()) == {"ignored" if model.log else "wrong"}, found
     assert (IGNORED in (tmp_path / "log").read_text()) == (model.log is not None)
+    assert words(found) == foretell(
+        made.folder, made.adapters, model.stock_with, plugin=False, tensor_parallel_size=2
+    )
+
+
+def words(found: Mapping[str, Comparison]) -> dict[str, str]:
+    return {name: comparison.word for name, comparison in found.items()}

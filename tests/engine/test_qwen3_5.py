@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 from support.adapters import QWEN3_5, Served, make, prompts
 from support.checkpoints import save_qwen3_5
+from support.foretold import foretell
 from support.server import Server, ServerError
 
 
@@ -32,11 +33,16 @@ class Setup(NamedTuple):
         f"-{'compiled' if setup.compiled else 'eager'}"
     ),
 )  # fmt: skip
+def setup(request: pytest.FixtureRequest) -> Setup:
+    made: Setup = request.param
+    return made
+
+
+@pytest.fixture(scope="module")
 def server(
-    request: pytest.FixtureRequest, checkpoint: Served, tmp_path_factory: pytest.TempPathFactory
+    setup: Setup, checkpoint: Served, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     """A server with the plugin on, half of the adapters given on its command line."""
-    setup: Setup = request.param
     at_start = list(checkpoint.adapters)[::2]
     arguments = ["--lora-modules", *(f"{name}={checkpoint.adapters[name]}" for name in at_start)]
     if setup.fully_sharded:
@@ -55,11 +61,20 @@ def server(
         yield running
 
 
-def test_every_adapter_equals_peft(server: Server, checkpoint: Served) -> None:
+def test_every_adapter_equals_peft(server: Server, setup: Setup, checkpoint: Served) -> None:
+    """And ``check`` has said so."""
     for name in checkpoint.adapters:
         for prompt in prompts():
             comparison = checkpoint.reference.compare(name, server.complete(name, prompt))
             assert comparison.exact, (name, comparison)
+    foretold = foretell(
+        checkpoint.folder,
+        checkpoint.adapters,
+        ["--fully-sharded-loras"] * setup.fully_sharded,
+        plugin=True,
+        tensor_parallel_size=setup.tensor_parallel_size,
+    )
+    assert foretold == dict.fromkeys(checkpoint.adapters, "exact")
 
 
 def test_adapters_share_batches(server: Server, checkpoint: Served) -> None:
@@ -101,6 +116,11 @@ def test_the_plugin_says_that_it_is_on(server: Server) -> None:
 
 def test_stock_vllm_refuses_z_alone(checkpoint: Served, tmp_path: Path) -> None:
     """The defect that this package mends; fails when upstream mends it (vllm-project/vllm#57851)."""
+    foretold = foretell(
+        checkpoint.folder, checkpoint.adapters, plugin=False, tensor_parallel_size=1
+    )
+    assert {name for name, word in foretold.items() if word != "exact"} == {"z"}
+    assert foretold["z"] == "refused"
     with Server(checkpoint.folder, tmp_path / "log", plugin=False) as stock:
         with pytest.raises(ServerError, match="Cannot determine how to split lora_b with 512 rows"):
             stock.load("z", checkpoint.adapters["z"])

@@ -12,6 +12,7 @@ import pytest
 from support import damage
 from support.adapters import ATTENTION, MLP, Answer, Reference, prompts, save_adapter
 from support.checkpoints import save_llama, save_qwen3_5
+from support.foretold import foretell
 from support.processes import run_python
 from support.server import Server, ServerError, engine_environment
 from support.stress import Soak
@@ -60,6 +61,11 @@ def assert_exact(server: Server, adapters: Adapters, name: str, served_as: str =
 
 
 def test_a_refused_adapter_then_a_good_one(server: Server, adapters: Adapters) -> None:
+    """And ``check`` has said so, but for a NaN: it reads no values."""
+    folders = adapters.good | {what: folder for what, (folder, _) in adapters.bad.items()}
+    expected = {name: "refused" if name in adapters.bad else "exact" for name in folders}
+    foretold = foretell(adapters.checkpoint, folders, plugin=True, tensor_parallel_size=2)
+    assert foretold == expected | {damage.poison.__name__: "exact"}
     for number, (what, (folder, words)) in enumerate(adapters.bad.items()):
         with pytest.raises(ServerError) as error:
             server.load(what, folder)

@@ -127,8 +127,10 @@ class Reference:
         expected = ours.gather(1, ids).squeeze(1)
         generated = slice(answer.prompt_length - 1, None)
         scored = slice(-len(answer.logprobs), None)
+        served = torch.tensor(answer.logprobs)
         return Comparison(
-            error=(torch.tensor(answer.logprobs) - expected[scored]).abs().max().item(),
+            error=(served - expected[scored]).abs().max().item(),
+            change=(served - base[scored]).abs().max().item(),
             effect=(expected - base).abs().max().item(),
             greedy_gap=(ours.max(1).values - expected)[generated].max().item(),
         )
@@ -149,11 +151,13 @@ class Comparison:
 
     Attributes:
         error: of any token's logprob.
+        change: of any token's logprob, from the reference's without the adapter.
         effect: of the adapter itself, reference with it against reference without.
         greedy_gap: by which a greedy token falls short of the reference's most likely one.
     """
 
     error: float
+    change: float
     effect: float
     greedy_gap: float
 
@@ -161,6 +165,11 @@ class Comparison:
     def exact(self) -> bool:
         """Within bf16 noise: under a fifth of the adapter's effect, greedy tokens included."""
         return max(self.error, self.greedy_gap) < self.effect / 5
+
+    @property
+    def word(self) -> str:
+        """``exact``; ``ignored``, where it is the base model that answered; else ``wrong``."""
+        return "exact" if self.exact else "ignored" if self.change < self.effect / 5 else "wrong"
 
 
 def prompts(count: int = 3) -> list[list[int]]:
