@@ -16,7 +16,7 @@ from vllm.distributed.utils import divide
 from vllm.lora.layers.column_parallel_linear import ColumnParallelLinearWithLoRA, _mcp_apply
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
-from vllm_nway_lora import __version__, releases, settings
+from vllm_nway_lora import __version__, cpu_kernels, releases, settings
 from vllm_nway_lora.claims import plan_for
 from vllm_nway_lora.plan import FusionPlan, PlanError
 
@@ -129,6 +129,10 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             run = self.plan.slices[number].run
             self.lora_a_stacked[number][index, 0, : a.shape[0]].copy_(a, non_blocking=True)
             self.lora_b_stacked[number][index, 0, run, : b.shape[1]].copy_(b, non_blocking=True)
+
+    def set_mapping(self, punica_wrapper: Any) -> None:
+        """Take what does the LoRA products, and on CPU what does them in less time."""
+        super().set_mapping(cpu_kernels.grouped(punica_wrapper))
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return base output plus LoRA: ``(tokens, input_size)`` to ``(tokens, local width)``."""

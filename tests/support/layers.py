@@ -94,9 +94,14 @@ def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[list[Any]], li
     return x, weight, adapters, slots
 
 
-def dense(case: Case) -> torch.Tensor:
-    """The reference: ``x (W + B A)^T`` with the whole weight of each token's adapter."""
-    x, weight, adapters, slots = tensors(case)
+def dense(case: Case, slots: Sequence[int] = ()) -> torch.Tensor:
+    """The reference: ``x (W + B A)^T`` with the whole weight of each token's adapter.
+
+    Args:
+        slots: the slot of each token; those of :func:`tensors` if not given.
+    """
+    x, weight, adapters, usual = tensors(case)
+    slots = slots or usual
     starts = [sum(case.fusion.sizes[:i]) for i in range(len(case.fusion.sizes))]
     merged = []
     for adapter in adapters:
@@ -180,27 +185,62 @@ def set_adapter(layer: Any, slot: int, adapter: Sequence[Any]) -> None:
 
 
 def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Result:
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    unpin()
-    config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS)
-    punica = PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
-    # The manager's ids are slot + 1; 0 is "no LoRA".
-    ids = tuple(slot + 1 for slot in slots)
-    mapping = LoRAMapping(ids, ids, is_prefill=case.prefill)
-    punica.update_metadata(mapping, list(range(1, MAX_LORAS + 1)), MAX_LORAS + 1, 512)
+    punica = punica_wrapper()
     layer.set_mapping(punica)
-    output = layer(x)
-    output = output[0] if isinstance(output, tuple) else output
     return Result(
-        output=output.detach(),
+        output=forward(case, layer, punica, x, slots),
         layer_class=type(layer).__name__,
         n_slices=len(layer.lora_a_stacked),
         lora_a_bytes=sum(a.nbytes for a in layer.lora_a_stacked),
         gathered_columns=sum(a.shape[2] for a in layer.lora_a_stacked),
     )
+
+
+def run_batches(
+    case: Case, batches: Sequence[Sequence[int]], backend: str | None
+) -> list[torch.Tensor]:
+    """Build the layer on this rank and run it on one batch after another.
+
+    Args:
+        batches: per batch the slot of each token (-1: none), at most ``TOKENS`` of them.
+        backend: torch.compile's, which makes one graph of the layer; None to run it as it is.
+    """
+    layer = build(case)
+    x, _, adapters, _ = tensors(case)
+    for slot, adapter in enumerate(adapters):
+        set_adapter(layer, slot, adapter)
+    punica = punica_wrapper()
+    layer.set_mapping(punica)
+    call = torch.compile(layer, fullgraph=True, backend=backend) if backend else layer
+    return [forward(case, call, punica, x[: len(slots)], slots) for slots in batches]
+
+
+def punica_wrapper() -> Any:
+    from vllm.config.lora import LoRAConfig
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    unpin()
+    config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS)
+    return PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
+
+
+def map_tokens(punica: Any, slots: Sequence[int], prefill: bool = True) -> None:
+    """Give each token of a batch its slot, as vLLM's manager does."""
+    from vllm.lora.layers import LoRAMapping
+
+    # The manager's ids are slot + 1; 0 is "no LoRA".
+    ids = tuple(slot + 1 for slot in slots)
+    mapping = LoRAMapping(ids, ids, is_prefill=prefill)
+    punica.update_metadata(mapping, list(range(1, MAX_LORAS + 1)), MAX_LORAS + 1, 512)
+
+
+def forward(
+    case: Case, layer: Any, punica: Any, x: torch.Tensor, slots: Sequence[int]
+) -> torch.Tensor:
+    map_tokens(punica, slots, case.prefill)
+    output = layer(x)
+    output = output[0] if isinstance(output, tuple) else output
+    return output.detach()
 
 
 def _bias(fusion: Fusion) -> torch.Tensor:

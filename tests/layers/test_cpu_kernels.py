@@ -1,0 +1,173 @@
+"""The products on CPU, grouped by adapter: equal to vLLM's own and to dense arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from support import layers
+from support.layers import MAX_LORAS, MAX_RANK, TOKENS, Case, Fusion
+from support.ranks import Ranks
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from vllm_nway_lora.cpu_kernels import GroupedPunica, grouped
+
+QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
+#: The slot of each token. One slot stays empty: see the reference in each test.
+BATCHES = {
+    "one adapter": (1,) * TOKENS,
+    "no adapter": (-1,) * TOKENS,
+    "sequences": (0, 0, 0, -1, -1, 1, 1, 1, 1, 2, 2, -1),
+    "interleaved": (2, -1, 0, 1, 0, -1, 2, 2, 1, -1, 0, 2),
+    "one token": (2,),
+    "one token without": (-1,),
+}
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
+def test_mixed_batches_equal_dense_arithmetic(ranks: Ranks, fully_sharded: bool, how: str) -> None:
+    # Every rank would compile the same C++ anew, so several ranks go as far as the graph.
+    compiled_by = "inductor" if ranks.size == 1 else "aot_eager"
+    backend = compiled_by if how == "compiled" else None
+    # The last slot has an adapter too: tokens without one must not get it.
+    case = Case(QKVZ, ((0, 1), (0,), (1,), (0, 1)), fully_sharded=fully_sharded)
+    per_rank = ranks.run(layers.run_batches, case, list(BATCHES.values()), backend)
+    for number, slots in enumerate(BATCHES.values()):
+        output = layers.assemble(QKVZ, [outputs[number] for outputs in per_rank])
+        torch.testing.assert_close(output, layers.dense(case, slots), rtol=0, atol=0)
+
+
+WIDTHS = (24, 8)
+INPUT_SIZE = 64
+
+
+def operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> dict[str, Any]:
+    """Make what ``add_lora_linear`` takes: values of which float32 holds no sum exactly."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    lora_a = [random(MAX_LORAS, 1, MAX_RANK, INPUT_SIZE).to(lora_dtype) for _ in WIDTHS]
+    lora_b = [random(MAX_LORAS, 1, width, MAX_RANK).to(lora_dtype) for width in WIDTHS]
+    for tensor in (*lora_a, *lora_b):
+        tensor[-1] = 0  # vLLM to 0.32.0 gives tokens without LoRA the last slot's
+    return {
+        "y": random(TOKENS, sum(WIDTHS)).to(dtype),
+        "x": random(TOKENS, INPUT_SIZE).to(dtype),
+        "lora_a_stacked": tuple(lora_a),
+        "lora_b_stacked": tuple(lora_b),
+        "scale": 0.5,
+        "output_slices": WIDTHS,
+    }
+
+
+def exact(operands: dict[str, Any], slots: Sequence[int]) -> torch.Tensor:
+    """``y + scale * x A^T B^T`` of each token's slot, in float64."""
+    y = operands["y"].double()
+    for token, slot in enumerate(slots):
+        if slot < 0:
+            continue
+        parts = [
+            b[slot, 0].double() @ (a[slot, 0].double() @ operands["x"][token].double())
+            for a, b in zip(operands["lora_a_stacked"], operands["lora_b_stacked"])
+        ]
+        y[token] += operands["scale"] * torch.cat(parts)
+    return y
+
+
+@pytest.fixture
+def punica() -> PunicaWrapperCPU:
+    return layers.punica_wrapper()
+
+
+@pytest.mark.parametrize("prefill", [True, False], ids=["prefill", "decode"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    ("dtype", "lora_dtype", "rounding"),
+    [
+        (torch.float32, torch.float32, 1e-5),
+        (torch.bfloat16, torch.bfloat16, 2**-7),
+        (torch.bfloat16, torch.float32, 2**-7),
+        (torch.float16, torch.float16, 2**-10),
+    ],
+    ids=["float32", "bfloat16", "bfloat16-float32", "float16"],
+)
+def test_same_as_stock_but_for_rounding(
+    punica: PunicaWrapperCPU,
+    dtype: torch.dtype,
+    lora_dtype: torch.dtype,
+    rounding: float,
+    batch: str,
+    prefill: bool,
+) -> None:
+    slots = BATCHES[batch]
+    given = operands(dtype, lora_dtype)
+    given |= {name: given[name][: len(slots)] for name in ("x", "y")}
+    ours, theirs = given["y"].clone(), given["y"].clone()
+    layers.map_tokens(punica, slots, prefill)
+    GroupedPunica(punica).add_lora_linear(**given | {"y": ours})
+    punica.add_lora_linear(**given | {"y": theirs})
+    # Absolute: a sum near zero is of terms that are not.
+    largest = float(theirs.abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * largest)
+    torch.testing.assert_close(
+        ours.double(), exact(given, slots), rtol=0, atol=2 * rounding * largest
+    )
+
+
+def test_padding_is_left_as_it_is(punica: PunicaWrapperCPU) -> None:
+    given = operands(torch.float32, torch.float32)
+    layers.map_tokens(punica, (0, 1, 1))
+    y = given["y"].clone()
+    GroupedPunica(punica).add_lora_linear(**given | {"y": y})
+    expected = exact(given, (0, 1, 1)).float()
+    torch.testing.assert_close(y[:3], expected[:3], rtol=0, atol=1e-4)
+    assert torch.equal(y[3:], given["y"][3:])
+
+
+def test_an_empty_batch(punica: PunicaWrapperCPU) -> None:
+    given = operands(torch.float32, torch.float32)
+    given |= {name: given[name][:0] for name in ("x", "y")}
+    layers.map_tokens(punica, (), prefill=False)  # vLLM cannot map an empty prefill
+    GroupedPunica(punica).add_lora_linear(**given)
+
+
+def test_a_mapping_of_more_tokens_is_refused(punica: PunicaWrapperCPU) -> None:
+    given = operands(torch.float32, torch.float32)
+    layers.map_tokens(punica, (0,) * TOKENS)
+    with pytest.raises(ValueError, match=f"of {TOKENS} tokens, the input of 3"):
+        GroupedPunica(punica).add_lora_linear(
+            **given | {name: given[name][:3] for name in ("x", "y")}
+        )
+
+
+def test_only_vllms_cpu_wrapper_is_replaced(punica: PunicaWrapperCPU) -> None:
+    class OfAnotherPlatform(PunicaWrapperCPU):
+        pass
+
+    other = OfAnotherPlatform(TOKENS, TOKENS, "cpu")
+    assert grouped(other) is other
+    assert isinstance(grouped(punica), GroupedPunica)
+
+
+def test_unknown_arguments_go_to_vllm() -> None:
+    calls = []
+
+    class Later:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: calls.append((name, args, kwargs))
+
+    ours = GroupedPunica(Later())
+    y, x, a, b = object(), object(), (), ()
+    ours.add_lora_linear(y, x, a, b, 1.0, (8,), later=1)
+    ours.add_shrink(y, x, a, 1.0, later=2)
+    ours.add_expand(y, x, b, (8,), offset_start=4, add_input=True, later=3)
+    assert calls == [
+        ("add_lora_linear", (y, x, a, b, 1.0, (8,)), {"later": 1}),
+        ("add_shrink", (y, x, a, 1.0), {"later": 2}),
+        ("add_expand", (y, x, b, (8,), 4), {"later": 3}),
+    ]
