@@ -120,6 +120,8 @@ def configure(
     )
     # The group has the size already; the configuration would ask for as many devices.
     vllm_config.parallel_config.tensor_parallel_size = size
+    # vLLM 0.17 would ask for 4 GiB per rank too, where copies of the configuration are validated.
+    vllm_config.cache_config.swap_space = 0
     return Rank(StandInGroup(rank, size), vllm_config)
 
 

@@ -33,7 +33,9 @@ STOCK_SINCE = Version("0.29.0")  # what the table says of stock vLLM
 @pytest.fixture(params=HERE, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Family:
     with stubbed(request.param):
-        (tmp_path / "config.json").write_text(json.dumps(request.param.config))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"dtype": "float32", **request.param.config})
+        )
         yield request.param
 
 

@@ -150,6 +150,7 @@ OTHER_FAMILIES = (
                 ALWAYS_EXACT,
             ),
         ),
+        since="0.18.0",
     ),
     Family(
         "Transformers backend, two merged layers",

@@ -43,7 +43,8 @@ class RankModel:
                 _register_class(architecture)
         self.group = StandInGroup(rank, size)
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config))
+            # Without a type vLLM would look for weights to tell it, on the hub too, again and again.
+            (Path(folder) / "config.json").write_text(json.dumps({"dtype": "float32", **config}))
             model_config = ModelConfig(
                 model=folder,
                 tokenizer=folder,
@@ -63,6 +64,7 @@ class RankModel:
             self.vllm_config = VllmConfig(model_config=model_config, lora_config=lora_config)
             # The group has the size already; the config would ask for as many devices.
             self.vllm_config.parallel_config.tensor_parallel_size = size
+            self.vllm_config.cache_config.swap_space = 0  # 0.17 would ask for 4 GiB per rank
             default = torch.get_default_dtype()
             torch.set_default_dtype(torch.float32)
             try:
