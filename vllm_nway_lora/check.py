@@ -103,11 +103,8 @@ def check(
         max_lora_rank: ``--max-lora-rank``; by default the smallest that vLLM takes for the adapter.
 
     Raises:
-        FileNotFoundError: a folder lacks a file; the message says how to fetch it.
+        FileNotFoundError: the adapter's folder lacks a file.
     """
-    need(model, "config.json")
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        need(adapter, file)
     rank = max_lora_rank or _round_rank(
         json.loads(Path(adapter, "adapter_config.json").read_text())
     )
@@ -159,9 +156,8 @@ def plan(model: str, *, tensor_parallel_size: int = 1, fully_sharded: bool = Fal
     """Return which projections of ``model`` are fused, and what adapters on them come to.
 
     A row's verdicts are the worst over adapters on all of its modules and on each one alone.
-    Arguments and errors are those of :func:`check`.
+    Arguments are those of :func:`check`.
     """
-    need(model, "config.json")
     rows: dict[str, Row] = {}
     whole = {True: Verdict(), False: Verdict()}
     for plugin, here in _ranks(model, tensor_parallel_size, whole, fully_sharded=fully_sharded):
@@ -227,20 +223,6 @@ def _one_row(layer: Any, rows: int | None) -> Any:
     """Make the tensors of a module at LoRA rank 1."""
     assert rows is not None
     return SimpleNamespace(lora_a=torch.zeros(1, layer.input_size), lora_b=torch.zeros(rows, 1))
-
-
-def need(folder: str, file: str) -> None:
-    """Raise unless ``folder`` has ``file``.
-
-    Raises:
-        FileNotFoundError: it has not; the message says how to fetch it.
-    """
-    if not Path(folder, file).is_file():
-        raise FileNotFoundError(
-            f"{folder} is no local folder with {file}. Fetch a repository of a hub first, for example "
-            f"with `hf download {folder} --include '*.json' 'adapter_model.safetensors'`, and name "
-            "the folder that it prints"
-        )
 
 
 def _switch(plugin: bool) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,6 +115,12 @@ def _show_doctor(report: examining.Report, console: Console) -> None:
 
 
 def _check(options: argparse.Namespace, console: Console) -> int:
+    if not (
+        _has(options.model, "config.json")
+        and _has(options.adapter, "adapter_config.json")
+        and _has(options.adapter, "adapter_model.safetensors")
+    ):
+        return 2
     from vllm_nway_lora import check
 
     return _serve(
@@ -130,6 +137,8 @@ def _check(options: argparse.Namespace, console: Console) -> int:
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
+    if not _has(options.model, "config.json"):
+        return 2
     from vllm_nway_lora import check
 
     return _serve(
@@ -143,12 +152,21 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     )
 
 
+def _has(folder: str, file: str) -> bool:
+    """Whether ``folder`` has ``file``; if not, say how to fetch it. Asked before vLLM is imported."""
+    found = Path(folder, file).is_file()
+    if not found:
+        print(
+            f"{folder} is no local folder with {file}. Fetch a repository of a hub first, for example "
+            f"with `hf download {folder} --include '*.json' 'adapter_model.safetensors'`, and name "
+            "the folder that it prints",
+            file=sys.stderr,
+        )
+    return found
+
+
 def _serve(options: argparse.Namespace, console: Console, make: Any) -> int:
-    try:
-        report: checking.Report = make()
-    except FileNotFoundError as error:
-        print(error, file=sys.stderr)
-        return 2
+    report: checking.Report = make()
     if options.json:
         print(json.dumps(_plain(report), indent=2))
     else:
