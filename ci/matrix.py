@@ -81,6 +81,7 @@ def select(asked: Iterable[str]) -> list[str]:
         if name == "all":
             chosen.update(known[:-1])
         elif name == "boundary":
+            chosen.add(known[0])
             chosen.update(r for r in known[:-1] if environment.row(r).get("also"))
         elif dots:
             start = known.index(first) if first else 0

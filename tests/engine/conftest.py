@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.release import Served, make
+from support.adapters import Served
+from support.release import make
 
 
 @pytest.fixture(scope="session")

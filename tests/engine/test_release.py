@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.adapters import prompts
+from support.adapters import Served, prompts
 from support.offline import serve
-from support.release import Served
 
 
 def test_every_adapter_equals_peft(served: Served, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    answers = serve(served.checkpoint, served.adapters, prompts()[0], log, plugin=True)
+    answers = serve(served.folder, served.adapters, prompts()[0], log, plugin=True)
     for name in served.adapters:
         answer = answers[name]
         assert not isinstance(answer, str), (name, answer)

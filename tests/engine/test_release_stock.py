@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.adapters import prompts
+from support.adapters import Served, prompts
 from support.offline import serve
-from support.release import Served, stock_messages
+from support.release import stock_messages
 
 
 def test_stock_vllm(served: Served, tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_stock_vllm(served: Served, tmp_path: Path) -> None:
     # One refused adapter, and last: after it, ranks of stock vLLM answer with what is left of it.
     asked = {name: served.adapters[name] for name in (*good, refused[0])}
     log = tmp_path / "log"
-    answers = serve(served.checkpoint, asked, prompts()[0], log, plugin=False)
+    answers = serve(served.folder, asked, prompts()[0], log, plugin=False)
     assert any(words in str(answers[refused[0]]) for words in stock_messages(refused[0]) or ())
     for name in good:
         answer = answers[name]

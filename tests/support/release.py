@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import vllm
 from packaging.version import Version
 
-from support.adapters import FUSED_LLAMA, QWEN3_5, Reference, save_adapter
+from support import adapters
+from support.adapters import FUSED_LLAMA, QWEN3_5, Served
 from support.checkpoints import save_fused_llama, save_qwen3_5
 from vllm_nway_lora import releases
 
@@ -22,21 +22,11 @@ DEFECTS = {
 }
 
 
-class Served(NamedTuple):
-    checkpoint: Path
-    adapters: dict[str, Path]
-    reference: Reference
-
-
 def make(root: Path) -> Served:
     """Save what the running vLLM is to serve below ``root``."""
-    qwen = Version(vllm.__version__) >= releases.QWEN3_5_TEXT
-    checkpoint = (save_qwen3_5 if qwen else save_fused_llama)(root / "model")
-    adapters = {
-        name: save_adapter(checkpoint, root / name, modules, seed)
-        for seed, (name, modules) in enumerate((QWEN3_5 if qwen else FUSED_LLAMA).items())
-    }
-    return Served(checkpoint, adapters, Reference(checkpoint, adapters))
+    if Version(vllm.__version__) >= releases.QWEN3_5_TEXT:
+        return adapters.make(root, save_qwen3_5, QWEN3_5)
+    return adapters.make(root, save_fused_llama, FUSED_LLAMA)
 
 
 def stock_messages(adapter: str) -> tuple[str, ...] | None:
