@@ -111,13 +111,13 @@ def run_release(release: str, only: Sequence[str] | None, again: bool) -> bool:
     if todo:
         python = environment.release_environment(release)
         result |= versions(python, release)
+        path.parent.mkdir(exist_ok=True)
         for suite, counts in run_suites(release, python, todo):
             date = datetime.date.today().isoformat()
             done[suite] = counts | {"date": date, "source": source(suite, release)}
             environment.say(f"{release} {suite}: {summary(counts)}")
-        result["suites"] = {name: done[name] for name in suites(release) if name in done}
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+            result["suites"] = {name: done[name] for name in suites(release) if name in done}
+            path.write_text(json.dumps(result, indent=2) + "\n")
     return all(not done[suite]["failed"] for suite in suites(release) if suite in done)
 
 
