@@ -13,6 +13,7 @@ from support.families_attention import ATTENTION_FAMILIES
 from support.families_delta import DELTA_FAMILIES
 from support.families_mla import MLA_FAMILIES
 from support.families_other import OTHER_FAMILIES
+from support.families_wrapped import WRAPPED_FAMILIES
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
@@ -272,4 +273,5 @@ FAMILIES = (
     *DELTA_FAMILIES,
     *MLA_FAMILIES,
     *OTHER_FAMILIES,
+    *WRAPPED_FAMILIES,
 )

@@ -175,6 +175,45 @@ OTHER_FAMILIES = (
         stubs=_NO_ATTENTION,
         since="0.33.0",
     ),
+    *(
+        Family(
+            f"Transformers backend, four merged layers{around}",
+            {
+                **COMMON,
+                **config,
+                "architectures": ["TransformersForCausalLM"],
+                "num_hidden_layers": 1,
+            },
+            (
+                Fused(
+                    f"{LAYER}.self_attn.{merged}",
+                    {f"{LAYER}.self_attn.{module}": rows for module, rows in modules.items()},
+                    UNWRAPPED,
+                ),
+            ),
+            stubs=_NO_ATTENTION,
+            since="0.32.0",
+        )
+        for around, config, merged, modules in (
+            (
+                " (gated attention)",
+                {"model_type": "afmoe", "num_dense_layers": 1, "num_experts": 0},
+                "merged_proj_6_q_proj_6_k_proj_6_v_proj_9_gate_proj",
+                {"q_proj": 128, "k_proj": 128, "v_proj": 128, "gate_proj": 128},
+            ),
+            (
+                " (unequal)",
+                {
+                    "model_type": "inkling_text",
+                    "layer_types": ["hybrid"],
+                    "mlp_layer_types": ["dense"],
+                    "d_rel": 4,
+                },
+                "merged_proj_6_q_proj_6_k_proj_6_v_proj_6_r_proj",
+                {"q_proj": 128, "k_proj": 128, "v_proj": 128, "r_proj": 32},
+            ),
+        )
+    ),
     Family(
         "Granite MoE shared",
         {
