@@ -42,6 +42,14 @@ def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
     )
 
 
+def _convolution(layer: str, n_groups: int) -> Fused:
+    # Outputs x, B, C. Its kernel reads the weight, so that LoRA on the layer would do nothing.
+    rows = 128 + 2 * 16 * n_groups
+    return Fused(
+        layer, {layer: rows}, (IGNORED,) * 4, REFUSED, columns=4, called=False, loaded=False
+    )
+
+
 _QWEN3_5_IMAGES: Mapping[str, Any] = {
     "model_type": "qwen3_5",
     "architectures": ["Qwen3_5ForConditionalGeneration"],
@@ -171,6 +179,7 @@ FAMILIES = (
             },
             (
                 _mamba2(f"{LAYER}.mamba.in_proj", f"{LAYER}.mamba.in_proj", n_groups),
+                _convolution(f"{LAYER}.mamba.conv1d", n_groups),
                 Fused(
                     f"{LAYER}.shared_mlp.input_linear",
                     {f"{LAYER}.shared_mlp.input_linear": 128},

@@ -15,10 +15,19 @@ from support.family import (
     REFUSED,
     Family,
     Fused,
+    NoExperts,
 )
 
 _ALICE = "vllm.model_executor.models.alice_ai"
 _QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
+_VISION = {
+    "model_type": "qwen3_5",
+    "depth": 1,
+    "hidden_size": 64,
+    "num_heads": 8,
+    "intermediate_size": 64,
+    "out_hidden_size": HIDDEN,
+}
 _GLM = "model.language_model.layers"
 
 DELTA_FAMILIES = (
@@ -215,6 +224,11 @@ DELTA_FAMILIES = (
                     ALWAYS_EXACT,
                 ),
             ),
+            stubs=(
+                "vllm.model_executor.models.qwen3_5.Qwen3_5_MoeMixtureOfExperts.set_moe_parameters",
+                "vllm.model_executor.models.qwen3_next.QwenNextMixtureOfExperts.set_moe_parameters",
+            ),
+            replaced={"vllm.model_executor.models.qwen3_5.Qwen3NextSparseMoeBlock": NoExperts},
             since=since,
         )
         for name, architecture, since, config in (
@@ -224,14 +238,17 @@ DELTA_FAMILIES = (
                 "0.21.0",
                 {
                     "model_type": "qwen3_5",
-                    "vision_config": {
-                        "model_type": "qwen3_5",
-                        "depth": 1,
-                        "hidden_size": 64,
-                        "num_heads": 8,
-                        "intermediate_size": 64,
-                        "out_hidden_size": HIDDEN,
-                    },
+                    "vision_config": _VISION,
+                },
+            ),
+            (
+                "Intern-S2 Preview",
+                "InternS2PreviewForConditionalGeneration",
+                "0.32.0",
+                {
+                    "model_type": "qwen3_5_moe",
+                    "text_config": {**GDN, "model_type": "qwen3_5_moe_text", "num_experts": 8},
+                    "vision_config": _VISION,
                 },
             ),
             (

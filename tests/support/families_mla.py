@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from support.family import ALWAYS_EXACT, COMMON, LAYER, REFUSED, VLLM, Family, Fused
+from torch import nn
+
+from support.family import ALWAYS_EXACT, COMMON, LAYER, NO_ATTENTION, REFUSED, VLLM, Family, Fused
 
 _ATTENTION = f"{LAYER}.self_attn"
 MLA: Mapping[str, Any] = {
@@ -53,6 +55,13 @@ def _indexer(stock: tuple[str, str, str, str]) -> Fused:
     )
 
 
+def _build_no_attention(layer: nn.Module, *_: Any, **__: Any) -> None:
+    """In place of an attention's ``__init__``, below which a class builds its projections."""
+    nn.Module.__init__(layer)
+    layer.use_pcp, layer.kv_cache_dtype = False, "auto"
+
+
+_DEEPSEEK_V32 = "vllm.models.deepseek_v32.attention"
 _INDEXER = {"index_topk": 8, "index_n_heads": 8, "index_head_dim": 32}
 #: The attention itself, which LoRA does not see; its CPU kernel has no sparse variant.
 MLA_STUBS = (f"{VLLM}.layers.mla.MLAAttention",)
@@ -77,10 +86,37 @@ MLA_FAMILIES = (
         since="0.20.0",  # before, the indexer had two layers
     ),
     Family(
+        "DeepSeek-V3.2, GLM-5, the class for GPUs",
+        {
+            **MLA,
+            **_INDEXER,
+            "model_type": "deepseek_v32",
+            "architectures": ["DeepseekV32ForCausalLM"],
+        },
+        (down_projection(wrapper=""), _indexer((REFUSED,) * 4)),
+        stubs=(
+            f"{_DEEPSEEK_V32}.SparseAttnIndexer",
+            f"{_DEEPSEEK_V32}.MLAAttention.process_weights_after_loading",
+        ),
+        replaced={f"{_DEEPSEEK_V32}.MLAAttention.__init__": _build_no_attention},
+        model_class="vllm.models.deepseek_v32.nvidia.model:DeepseekV32ForCausalLM",
+        since="0.33.0",
+    ),
+    Family(
+        "Transformers backend, MLA",
+        {**MLA, "model_type": "deepseek_v3", "architectures": ["TransformersForCausalLM"]},
+        (down_projection(wrapper=""),),
+        stubs=NO_ATTENTION,
+        since="0.32.0",
+    ),
+    Family(
         "GLM-4-MoE-Lite",
         {**MLA, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]},
         (down_projection(),),
-        stubs=(*MLA_STUBS, f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters"),
+        stubs=(
+            *MLA_STUBS,
+            f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters",
+        ),
         since="0.20.0",  # before, transformers did not know it
     ),
     Family(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
@@ -14,12 +12,14 @@ from support.family import (
     HIDDEN,
     IGNORED,
     LAYER,
+    NO_ATTENTION,
     REFUSED,
     UNWRAPPED,
     VLLM,
     WRONG,
     Family,
     Fused,
+    NoExperts,
 )
 
 _LFM2: Mapping[str, Any] = {
@@ -42,20 +42,6 @@ _VISION: Mapping[str, Any] = {
     "image_size": 8,
     "num_patches": 16,
 }
-
-#: The models have state that the Transformers backend cannot keep; their layers are built alike.
-_NO_ATTENTION = (f"{VLLM}.models.transformers.base.Base._create_attention_instances",)
-
-
-class NoExperts(nn.Module):
-    """What a model asks of its MoE layers, and no layer: LoRA on one needs Triton."""
-
-    experts = None
-    n_logical_experts = n_physical_experts = n_local_physical_experts = 0
-    n_routed_experts = n_redundant_experts = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
 
 
 OTHER_FAMILIES = (
@@ -172,7 +158,7 @@ OTHER_FAMILIES = (
                 ALWAYS_EXACT,
             ),
         ),
-        stubs=_NO_ATTENTION,
+        stubs=NO_ATTENTION,
         since="0.33.0",
     ),
     *(
@@ -191,7 +177,7 @@ OTHER_FAMILIES = (
                     UNWRAPPED,
                 ),
             ),
-            stubs=_NO_ATTENTION,
+            stubs=NO_ATTENTION,
             since="0.32.0",
         )
         for around, config, merged, modules in (

@@ -176,6 +176,6 @@ WRAPPED_FAMILIES = (
                 lambda *_: NoTower()
             ),
         },
-        since="0.31.0"  # before, it took no LoRA,
+        since="0.31.0",  # before, it took no LoRA,
     ),
 )
