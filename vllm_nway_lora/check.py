@@ -136,6 +136,7 @@ def _ranks(
             try:
                 offline.build(here)
                 here.wrap()
+                here.warm_up()
             except Exception as error:
                 verdict.worsen(FAILS, _say(error))
                 continue
@@ -193,13 +194,13 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
     for name, row in rows.items():
         layer = manager.modules.get(name)
         own = name.rpartition(".")[2]
-        if list(manager.packed_modules_mapping.get(own) or [own]) != list(row.modules):
+        packed, modules = list(manager.packed_modules_mapping.get(own) or [own]), list(row.modules)
+        if packed != modules and (layer is not None or not set(packed) >= set(modules)):
             row.stock.worsen(REFUSED, "its class does not list these modules as parts of it")
             continue
         if layer is None or _renamed_unknown(manager.model):
             row.stock.worsen(IGNORED, "no LoRA layer takes it, and no error says so")
             continue
-        modules = list(row.modules)
         if not row.plan or row.plan[0].by_rows:
             continue
         for reason in row.plan[rank].refusals.values():

@@ -21,6 +21,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
+from vllm.lora.request import LoRARequest
 from vllm.plugins import load_general_plugins
 
 
@@ -83,6 +84,16 @@ class Rank:
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
 
+    def warm_up(self) -> None:
+        """Put a dummy adapter into a slot, as vLLM does before it captures graphs, and take it out."""
+        manager = self.worker_manager
+        with self.current(), manager.dummy_lora_cache():
+            manager.add_dummy_lora(
+                LoRARequest("warm-up", 1, "-"), self.vllm_config.lora_config.max_lora_rank
+            )
+            manager._adapter_manager.activate_adapter(1)
+            manager.remove_all_adapters()
+
     @property
     def lora_manager(self) -> Any:
         """The ``LoRAModelManager`` of the wrapped model."""
@@ -130,7 +141,11 @@ def build(rank: Rank, device: str = "meta") -> None:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with rank.current(), torch.device(device):
+        # Some classes name the device for themselves, and compute on it while they are built.
+        named = mock.patch.object(
+            vllm.platforms.current_platform, "current_device", lambda: device, create=True
+        )
+        with rank.current(), torch.device(device), named:
             rank.model = initialize_model(vllm_config=rank.vllm_config)
     finally:
         torch.set_default_dtype(default)
