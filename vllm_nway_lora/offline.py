@@ -143,7 +143,7 @@ def build(rank: Rank, device: str = "meta") -> None:
     try:
         # Some classes name the device for themselves, and compute on it while they are built.
         named = mock.patch.object(
-            vllm.platforms.current_platform, "current_device", lambda: device, create=True
+            vllm.platforms.current_platform, "current_device", return_value=device, create=True
         )
         with rank.current(), torch.device(device), named:
             rank.model = initialize_model(vllm_config=rank.vllm_config)

@@ -1,4 +1,8 @@
-"""Other families on real servers at TP=2, against PEFT; and stock vLLM, which says nothing."""
+"""Other families on real servers, against PEFT; and stock vLLM, which says nothing.
+
+OLMo hybrid is held by its layers alone (``tests/families``): its forward calls Triton's kernels, and
+neither it nor its convolution has another for CPUs.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ class Model(NamedTuple):
     """A model, its adapters, the arguments that it is served with, and what stock does then.
 
     ``log`` is in the log of a stock server; with it the adapter does nothing, without it harm.
+    ``always`` are arguments of every server.
     """
 
     save: Callable[[Path], Path]
@@ -26,6 +31,8 @@ class Model(NamedTuple):
     served_with: Sequence[Sequence[str]]
     stock_with: Sequence[str]
     log: str | None
+    always: Sequence[str] = ()
+    tensor_parallel_size: int = 2
 
 
 MODELS = {
@@ -39,6 +46,17 @@ MODELS = {
     ),
     # Three outputs, seen as one module: stock has no sharded layer for them.
     "lfm2": Model(checkpoints.save_lfm2, adapters.LFM2, [(SHARDED,)], (SHARDED,), IGNORED),
+    # Four outputs and modules, merged by the Transformers backend: likewise. On two ranks the base
+    # model itself fails there: its attention is split and its output projection is not.
+    "afmoe": Model(
+        checkpoints.save_afmoe,
+        adapters.AFMOE,
+        [(SHARDED,)],
+        (SHARDED,),
+        IGNORED,
+        always=("--model-impl", "transformers"),
+        tensor_parallel_size=1,
+    ),
 }
 
 
@@ -56,11 +74,18 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Served]:
 
 
 def serve(
-    served: Served, log: Path, arguments: Sequence[str], plugin: bool
+    served: Served, model: Model, log: Path, arguments: Sequence[str], plugin: bool
 ) -> dict[str, Comparison]:
     """Return, per adapter, how the worst of a server's answers compares with PEFT's."""
     found = {}
-    with Server(served.folder, log, *arguments, plugin=plugin, tensor_parallel_size=2) as server:
+    with Server(
+        served.folder,
+        log,
+        *model.always,
+        *arguments,
+        plugin=plugin,
+        tensor_parallel_size=model.tensor_parallel_size,
+    ) as server:
         for name, folder in served.adapters.items():
             server.load(name, folder)
             answers = [server.complete(name, prompt) for prompt in prompts()]
@@ -77,7 +102,7 @@ def serve(
 def test_every_adapter_equals_peft(
     served: Callable[[str], Served], tmp_path: Path, name: str, arguments: Sequence[str]
 ) -> None:
-    found = serve(served(name), tmp_path / "log", arguments, plugin=True)
+    found = serve(served(name), MODELS[name], tmp_path / "log", arguments, plugin=True)
     assert all(comparison.exact for comparison in found.values()), found
 
 
@@ -87,7 +112,7 @@ def test_stock_vllm_is_wrong_and_raises_nothing(
 ) -> None:
     """Fails when upstream mends it."""
     model = MODELS[name]
-    found = serve(served(name), tmp_path / "log", model.stock_with, plugin=False)
+    found = serve(served(name), model, tmp_path / "log", model.stock_with, plugin=False)
     for comparison in found.values():
         assert comparison.error > comparison.effect / 2, found
     assert (IGNORED in (tmp_path / "log").read_text()) == (model.log is not None)

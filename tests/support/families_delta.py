@@ -130,6 +130,7 @@ DELTA_FAMILIES = (
                 "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
                 {f"{_GLM}.1.self_attn.indexer.wk": 128},
                 (REFUSED,) * 4,
+                outputs=2,
             ),
             # Served past the layer: the indexer keeps a float32 copy of these rows.
             Fused(
@@ -137,6 +138,7 @@ DELTA_FAMILIES = (
                 {f"{_GLM}.1.self_attn.indexer.weights_proj": 4},
                 (REFUSED,) * 4,
                 plugin=REFUSED,
+                outputs=2,
             ),
         ),
         stubs=("vllm.model_executor.layers.mla.MLAAttention",),
@@ -168,6 +170,7 @@ DELTA_FAMILIES = (
                     f"{GDN_LAYER}.in_proj_qkvz",
                     {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
                     (REFUSED,) * 4,
+                    outputs=4,
                 ),
                 Fused(
                     f"{LAYER}.attn_hyper_connection.input_mix_weight_down_block_inject",
@@ -177,6 +180,7 @@ DELTA_FAMILIES = (
                     },
                     (*stock, IGNORED, IGNORED),
                     columns=4 * HIDDEN,
+                    outputs=3,
                 ),
                 Fused(
                     f"{LAYER}.ple.kv_proj",
@@ -193,9 +197,9 @@ DELTA_FAMILIES = (
             since="0.33.0",
         )
         # Padded to a multiple of 16 rows, as a third output that a phantom module stands for.
-        for how, lowrank, stock in (
-            ("padded", 16, (EXACT, EXACT)),
-            ("without padding", 12, (REFUSED, REFUSED)),
+        for how, lowrank, outputs, stock in (
+            ("padded", 16, 3, (EXACT, EXACT)),
+            ("without padding", 12, 2, (REFUSED, REFUSED)),
         )
     ),
     *(
@@ -214,6 +218,7 @@ DELTA_FAMILIES = (
                         "model.language_model.layers.0.linear_attn.in_proj_z": 256,
                     },
                     (REFUSED,) * 4,
+                    outputs=4,
                 ),
                 Fused(
                     "language_model.model.layers.0.linear_attn.in_proj_ba",

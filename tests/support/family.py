@@ -23,6 +23,7 @@ class Fused:
             both again under ``fully_sharded_loras``.
         plugin: what this package makes of them.
         columns: width of its input.
+        outputs: how many parts the layer has, if not one per module of ``modules``.
         stored_as: the one module whose weight a checkpoint has in place of theirs, if it has.
         called: False where the model multiplies by the layer's weight by itself.
         loaded: False where a checkpoint has no weight of these modules' shapes.
@@ -36,6 +37,11 @@ class Fused:
     stored_as: str = ""
     called: bool = True
     loaded: bool = True
+    outputs: int | None = None
+
+    @property
+    def n_outputs(self) -> int:
+        return self.outputs or len(self.modules)
 
 
 @dataclass(frozen=True)
