@@ -65,10 +65,17 @@ def families() -> str:
             label = f"{family.name} (to {family.until})" if family.until else family.name
             # What stock made of families that are gone is not measured any more.
             stock = ("",) * 4 if family.until else (_mark(verdict) for verdict in fused.stock)
-            rows.append((label, f"`{name}`", seen, *stock, fused.plugin))
-    headings = ("family", "fused projection", "adapter's modules")
+            outputs = f"{len(fused.modules)} → {fused.n_outputs}"
+            rows.append((label, f"`{name}`", seen, outputs, *stock, fused.plugin))
+    headings = ("family", "fused projection", "adapter's modules", "modules → outputs")
     modes = ("TP=1", "TP>1", "sharded, TP=1", "sharded, TP>1")
-    return _table((*headings, *modes, "plugin"), rows)
+    verdicts = [row[-1] for row in rows]
+    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("exact", "refused"))
+    assert len(rows) == verdicts.count("exact") + verdicts.count("refused")
+    return (
+        f"{len(FAMILIES)} families, {len(rows)} fused projections; with the plugin {counts}.\n\n"
+        f"{_table((*headings, *modes, 'plugin'), rows)}"
+    )
 
 
 def releases() -> str:

@@ -91,6 +91,7 @@ def check(
     tensor_parallel_size: int = 1,
     fully_sharded: bool = False,
     max_lora_rank: int | None = None,
+    model_impl: str = "auto",
 ) -> Report:
     """Return what serving ``adapter`` on ``model`` comes to, without reading a weight of either.
 
@@ -101,6 +102,7 @@ def check(
         tensor_parallel_size: ``--tensor-parallel-size``.
         fully_sharded: ``--fully-sharded-loras``.
         max_lora_rank: ``--max-lora-rank``; by default the smallest that vLLM takes for the adapter.
+        model_impl: ``--model-impl``.
 
     Raises:
         FileNotFoundError: the adapter's folder lacks a file.
@@ -112,7 +114,12 @@ def check(
     whole = {True: Verdict(), False: Verdict()}
     with empty_twin(Path(adapter)) as twin:
         for plugin, here in _ranks(
-            model, tensor_parallel_size, whole, fully_sharded=fully_sharded, max_lora_rank=rank
+            model,
+            tensor_parallel_size,
+            whole,
+            fully_sharded=fully_sharded,
+            max_lora_rank=rank,
+            model_impl=model_impl,
         ):
             _check_rank(here, twin, plugin, rows, whole[plugin])
     return _report(rows, whole)
@@ -133,6 +140,7 @@ def _ranks(
             try:
                 offline.build(here)
                 here.wrap()
+                here.warm_up()
             except Exception as error:
                 verdict.worsen(FAILS, _say(error))
                 continue
@@ -152,7 +160,13 @@ def _report(rows: Mapping[str, Row], whole: Mapping[bool, Verdict]) -> Report:
     return Report(found, whole[False], whole[True])
 
 
-def plan(model: str, *, tensor_parallel_size: int = 1, fully_sharded: bool = False) -> Report:
+def plan(
+    model: str,
+    *,
+    tensor_parallel_size: int = 1,
+    fully_sharded: bool = False,
+    model_impl: str = "auto",
+) -> Report:
     """Return which projections of ``model`` are fused, and what adapters on them come to.
 
     A row's verdicts are the worst over adapters on all of its modules and on each one alone.
@@ -160,7 +174,9 @@ def plan(model: str, *, tensor_parallel_size: int = 1, fully_sharded: bool = Fal
     """
     rows: dict[str, Row] = {}
     whole = {True: Verdict(), False: Verdict()}
-    for plugin, here in _ranks(model, tensor_parallel_size, whole, fully_sharded=fully_sharded):
+    for plugin, here in _ranks(
+        model, tensor_parallel_size, whole, fully_sharded=fully_sharded, model_impl=model_impl
+    ):
         if plugin:
             _plan_rank(here.lora_manager, rows)
         else:
@@ -189,13 +205,13 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
     for name, row in rows.items():
         layer = manager.modules.get(name)
         own = name.rpartition(".")[2]
-        if list(manager.packed_modules_mapping.get(own) or [own]) != list(row.modules):
+        packed, modules = list(manager.packed_modules_mapping.get(own) or [own]), list(row.modules)
+        if packed != modules and (layer is not None or not set(packed) >= set(modules)):
             row.stock.worsen(REFUSED, "its class does not list these modules as parts of it")
             continue
         if layer is None or _renamed_unknown(manager.model):
             row.stock.worsen(IGNORED, "no LoRA layer takes it, and no error says so")
             continue
-        modules = list(row.modules)
         if not row.plan or row.plan[0].by_rows:
             continue
         for reason in row.plan[rank].refusals.values():

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("model", help="a local folder with config.json")
     served.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     served.add_argument("--fully-sharded-loras", action="store_true")
+    served.add_argument("--model-impl", default="auto", help="as for vllm serve")
     commands = parser.add_subparsers(dest="command", required=True)
     doctor = commands.add_parser("doctor", parents=[shared], help="examine this installation")
     doctor.set_defaults(run=_doctor)
@@ -131,6 +132,7 @@ def _check(options: argparse.Namespace, console: Console) -> int:
             options.adapter,
             tensor_parallel_size=options.tensor_parallel_size,
             fully_sharded=options.fully_sharded_loras,
+            model_impl=options.model_impl,
             max_lora_rank=options.max_lora_rank,
         ),
     )
@@ -148,6 +150,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
             options.model,
             tensor_parallel_size=options.tensor_parallel_size,
             fully_sharded=options.fully_sharded_loras,
+            model_impl=options.model_impl,
         ),
     )
 

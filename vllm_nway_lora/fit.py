@@ -92,7 +92,8 @@ def _layer_problems(
     if isinstance(layer, FusedMoEWithLoRA):
         yield from _moe_problems(manager, name, given)
         return
-    for (module, weights), expected in zip(given, _widths(layer, len(given)), strict=False):
+    widths = _step5_widths(manager, name, layer) or _widths(layer, len(given))
+    for (module, weights), expected in zip(given, widths, strict=False):
         if weights is None:
             continue
         found = (weights.lora_a.shape[1], weights.lora_b.shape[0])
@@ -137,6 +138,27 @@ def _widths(layer: Any, modules: int) -> Sequence[tuple[int | None, int | None]]
     )
     if own_loader or len(rows) != modules:
         return [(base.input_size, None)] * modules
+    return [(base.input_size, count) for count in rows]
+
+
+def _step5_widths(manager: Any, name: str, layer: Any) -> Sequence[tuple[int, int]]:
+    """Return what :func:`_widths` does for Step5's two layers; none for any other.
+
+    Their loaders take a part by offsets, and ignore rows beyond (models/step5/nvidia/model.py).
+    """
+    base: Any = getattr(layer, "base_layer", None)
+    kind = type(base).__name__
+    if kind == "Step5SparseIndexerIndexTPLinear":
+        return [(base.input_size, base.output_size)]
+    if kind != "Step5FusedQKVIndexerLinear":
+        return []
+    # How many heads the indexer has in all is known to its other layer alone.
+    other = manager.model.get_submodule(f"{name.rpartition('.')[0]}.sparse_indexer_w")
+    heads = getattr(other, "base_layer", other).output_size
+    q, kv = base.total_num_heads * base.head_size, base.total_num_kv_heads * base.head_size
+    index_kv = base.local_index_k_size * base.tp_size // base.index_kv_head_replicas
+    gate = base.local_gate_size * base.tp_size
+    rows = (q, kv, kv, heads * base.proxy_dim, index_kv, index_kv, gate)
     return [(base.input_size, count) for count in rows]
 
 

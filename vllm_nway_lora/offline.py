@@ -21,6 +21,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
+from vllm.lora.request import LoRARequest
 from vllm.plugins import load_general_plugins
 
 
@@ -83,6 +84,16 @@ class Rank:
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
 
+    def warm_up(self) -> None:
+        """Put a dummy adapter into a slot, as vLLM does before it captures graphs, and take it out."""
+        manager = self.worker_manager
+        with self.current(), manager.dummy_lora_cache():
+            manager.add_dummy_lora(
+                LoRARequest("warm-up", 1, "-"), self.vllm_config.lora_config.max_lora_rank
+            )
+            manager._adapter_manager.activate_adapter(1)
+            manager.remove_all_adapters()
+
     @property
     def lora_manager(self) -> Any:
         """The ``LoRAModelManager`` of the wrapped model."""
@@ -90,7 +101,13 @@ class Rank:
 
 
 def configure(
-    model: str, rank: int, size: int, *, fully_sharded: bool = False, max_lora_rank: int = 8
+    model: str,
+    rank: int,
+    size: int,
+    *,
+    fully_sharded: bool = False,
+    max_lora_rank: int = 8,
+    model_impl: str = "auto",
 ) -> Rank:
     """Return a rank without its model.
 
@@ -100,6 +117,7 @@ def configure(
         size: of the tensor-parallel group.
         fully_sharded: ``--fully-sharded-loras``.
         max_lora_rank: ``--max-lora-rank``.
+        model_impl: ``--model-impl``.
     """
     initialize()
     vllm_config = VllmConfig(
@@ -107,6 +125,7 @@ def configure(
             model=model,
             tokenizer=model,
             skip_tokenizer_init=True,
+            model_impl=model_impl,
             dtype="float32",
             max_model_len=64,
             enforce_eager=True,
@@ -132,7 +151,11 @@ def build(rank: Rank, device: str = "meta") -> None:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with rank.current(), torch.device(device):
+        # Some classes name the device for themselves, and compute on it while they are built.
+        named = mock.patch.object(
+            vllm.platforms.current_platform, "current_device", return_value=device, create=True
+        )
+        with rank.current(), torch.device(device), named:
             rank.model = initialize_model(vllm_config=rank.vllm_config)
     finally:
         torch.set_default_dtype(default)

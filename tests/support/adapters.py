@@ -49,6 +49,9 @@ QWEN3_NEXT = {
 GRANITE_HYBRID = {"in_proj": ("in_proj",)}
 LFM2 = {"in_proj": ("in_proj",)}
 
+#: Adapters on AFMoE's attention without its gate, which is called like a part of its MLP.
+AFMOE = {"q": ("q_proj",), "kv": ("k_proj", "v_proj")}
+
 
 def _model(checkpoint: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM

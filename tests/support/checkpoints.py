@@ -116,6 +116,20 @@ def save_lfm2(folder: Path) -> Path:
     return _save(Lfm2ForCausalLM, config, folder)
 
 
+def save_afmoe(folder: Path) -> Path:
+    """Save an AFMoE without experts: three layers whose attention has a gate beside q, k and v."""
+    from transformers import AfmoeConfig, AfmoeForCausalLM
+
+    config = AfmoeConfig(
+        **_SMALL,
+        head_dim=64,
+        layer_types=["full_attention"] * 3,
+        num_dense_layers=3,
+        num_experts=0,
+    )
+    return _save(AfmoeForCausalLM, config, folder)
+
+
 def save_llama(folder: Path) -> Path:
     """Save a Llama of four layers, whose fused projections vLLM's own LoRA classes serve."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,6 +13,7 @@ from support.families_attention import ATTENTION_FAMILIES
 from support.families_delta import DELTA_FAMILIES
 from support.families_mla import MLA_FAMILIES
 from support.families_other import OTHER_FAMILIES
+from support.families_wrapped import WRAPPED_FAMILIES
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
@@ -38,6 +39,22 @@ def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
         layer,
         {module: 128 + 128 + 2 * 16 * n_groups + 8},
         (EXACT, WRONG, IGNORED, WRONG) if n_groups == 1 else UNWRAPPED,
+        outputs=5,
+    )
+
+
+def _convolution(layer: str, n_groups: int) -> Fused:
+    # Outputs x, B, C. Its kernel reads the weight, so that LoRA on the layer would do nothing.
+    rows = 128 + 2 * 16 * n_groups
+    return Fused(
+        layer,
+        {layer: rows},
+        (IGNORED,) * 4,
+        REFUSED,
+        columns=4,
+        called=False,
+        loaded=False,
+        outputs=3,
     )
 
 
@@ -68,6 +85,7 @@ FAMILIES = (
                 f"{_IMAGES_LAYER}.in_proj_qkvz",
                 {f"{_IMAGES_MODULE}.in_proj_qkv": 512, f"{_IMAGES_MODULE}.in_proj_z": 256},
                 (REFUSED,) * 4,
+                outputs=4,
             ),
             Fused(
                 f"{_IMAGES_LAYER}.in_proj_ba",
@@ -82,7 +100,10 @@ FAMILIES = (
         _QWEN3_5_IMAGES,
         (
             Fused(
-                f"{_IMAGES_LAYER}.in_proj_qkv", {f"{_IMAGES_MODULE}.in_proj_qkv": 512}, UNWRAPPED
+                f"{_IMAGES_LAYER}.in_proj_qkv",
+                {f"{_IMAGES_MODULE}.in_proj_qkv": 512},
+                UNWRAPPED,
+                outputs=3,
             ),
             Fused(f"{_IMAGES_LAYER}.in_proj_z", {f"{_IMAGES_MODULE}.in_proj_z": 256}, ALWAYS_EXACT),
         ),
@@ -97,6 +118,7 @@ FAMILIES = (
                 f"{GDN_LAYER}.in_proj_qkvz",
                 {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
                 (REFUSED,) * 4,
+                outputs=4,
             ),
             Fused(
                 f"{GDN_LAYER}.in_proj_ba",
@@ -170,10 +192,12 @@ FAMILIES = (
             },
             (
                 _mamba2(f"{LAYER}.mamba.in_proj", f"{LAYER}.mamba.in_proj", n_groups),
+                _convolution(f"{LAYER}.mamba.conv1d", n_groups),
                 Fused(
                     f"{LAYER}.shared_mlp.input_linear",
                     {f"{LAYER}.shared_mlp.input_linear": 128},
                     ALWAYS_EXACT,
+                    outputs=2,
                 ),
             ),
         )
@@ -251,7 +275,14 @@ FAMILIES = (
             "mamba_expand": 2,
             "mamba_dt_rank": 8,
         },
-        (Fused(f"{LAYER}.mamba.in_proj", {f"{LAYER}.mamba.in_proj": 256}, ALWAYS_EXACT),),
+        (
+            Fused(
+                f"{LAYER}.mamba.in_proj",
+                {f"{LAYER}.mamba.in_proj": 256},
+                ALWAYS_EXACT,
+                outputs=2,
+            ),
+        ),
     ),
     Family(
         "LFM2",
@@ -266,10 +297,18 @@ FAMILIES = (
             "conv_dim": HIDDEN,
             "conv_L_cache": 3,
         },
-        (Fused(f"{LAYER}.short_conv.in_proj", {f"{LAYER}.conv.in_proj": 192}, UNWRAPPED),),
+        (
+            Fused(
+                f"{LAYER}.short_conv.in_proj",
+                {f"{LAYER}.conv.in_proj": 192},
+                UNWRAPPED,
+                outputs=3,
+            ),
+        ),
     ),
     *ATTENTION_FAMILIES,
     *DELTA_FAMILIES,
     *MLA_FAMILIES,
     *OTHER_FAMILIES,
+    *WRAPPED_FAMILIES,
 )

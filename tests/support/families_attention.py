@@ -100,13 +100,16 @@ ATTENTION_FAMILIES = (
             "vocab_size": 128,
             "hidden_size": HIDDEN,
             "intermediate_size": 64,
-            "num_hidden_layers": 1,
+            "num_hidden_layers": 2,
             "dense_mlp_idx": 1,
             "num_attention_heads": 8,
             "num_key_value_heads": 8,
             "head_dim": 16,
             "d_rel": 4,
             "rel_extent": 16,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "shared_expert_sink": True,
         },
         (
             Fused(
@@ -119,8 +122,24 @@ ATTENTION_FAMILIES = (
                 },
                 UNWRAPPED,
             ),
+            # One tensor of a checkpoint holds them, rows interleaved and of all experts: no module
+            # of a LoRA adapter can be laid over it, and none has a layer of its name.
+            Fused(
+                "model.layers.1.mlp.sink_experts.w13",
+                {
+                    "model.llm.layers.1.mlp.shared_experts.w1": 128,
+                    "model.llm.layers.1.mlp.shared_experts.w3": 128,
+                },
+                (IGNORED,) * 4,
+                plugin=REFUSED,
+                loaded=False,
+            ),
         ),
         stubs=(
+            ("vllm.models.inkling.nvidia.moe.FusedMoEFactory", mock.MagicMock()),
+            ("vllm.models.inkling.nvidia.moe.InklingMoE.finalize_load", ()),
+            "vllm.models.inkling.nvidia.moe.aux_stream",
+            "torch.cuda.Event",
             ("vllm.models.inkling.nvidia.model.InklingConvState", mock.MagicMock()),
             "vllm.models.inkling.nvidia.model.initialize_lamport_rs_conv",
         ),

@@ -15,10 +15,19 @@ from support.family import (
     REFUSED,
     Family,
     Fused,
+    NoExperts,
 )
 
 _ALICE = "vllm.model_executor.models.alice_ai"
 _QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
+_VISION = {
+    "model_type": "qwen3_5",
+    "depth": 1,
+    "hidden_size": 64,
+    "num_heads": 8,
+    "intermediate_size": 64,
+    "out_hidden_size": HIDDEN,
+}
 _GLM = "model.language_model.layers"
 
 DELTA_FAMILIES = (
@@ -121,6 +130,7 @@ DELTA_FAMILIES = (
                 "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
                 {f"{_GLM}.1.self_attn.indexer.wk": 128},
                 (REFUSED,) * 4,
+                outputs=2,
             ),
             # Served past the layer: the indexer keeps a float32 copy of these rows.
             Fused(
@@ -128,6 +138,7 @@ DELTA_FAMILIES = (
                 {f"{_GLM}.1.self_attn.indexer.weights_proj": 4},
                 (REFUSED,) * 4,
                 plugin=REFUSED,
+                outputs=2,
             ),
         ),
         stubs=("vllm.model_executor.layers.mla.MLAAttention",),
@@ -159,6 +170,7 @@ DELTA_FAMILIES = (
                     f"{GDN_LAYER}.in_proj_qkvz",
                     {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
                     (REFUSED,) * 4,
+                    outputs=4,
                 ),
                 Fused(
                     f"{LAYER}.attn_hyper_connection.input_mix_weight_down_block_inject",
@@ -168,6 +180,7 @@ DELTA_FAMILIES = (
                     },
                     (*stock, IGNORED, IGNORED),
                     columns=4 * HIDDEN,
+                    outputs=3,
                 ),
                 Fused(
                     f"{LAYER}.ple.kv_proj",
@@ -184,9 +197,9 @@ DELTA_FAMILIES = (
             since="0.33.0",
         )
         # Padded to a multiple of 16 rows, as a third output that a phantom module stands for.
-        for how, lowrank, stock in (
-            ("padded", 16, (EXACT, EXACT)),
-            ("without padding", 12, (REFUSED, REFUSED)),
+        for how, lowrank, outputs, stock in (
+            ("padded", 16, 3, (EXACT, EXACT)),
+            ("without padding", 12, 2, (REFUSED, REFUSED)),
         )
     ),
     *(
@@ -205,6 +218,7 @@ DELTA_FAMILIES = (
                         "model.language_model.layers.0.linear_attn.in_proj_z": 256,
                     },
                     (REFUSED,) * 4,
+                    outputs=4,
                 ),
                 Fused(
                     "language_model.model.layers.0.linear_attn.in_proj_ba",
@@ -215,6 +229,11 @@ DELTA_FAMILIES = (
                     ALWAYS_EXACT,
                 ),
             ),
+            stubs=(
+                "vllm.model_executor.models.qwen3_5.Qwen3_5_MoeMixtureOfExperts.set_moe_parameters",
+                "vllm.model_executor.models.qwen3_next.QwenNextMixtureOfExperts.set_moe_parameters",
+            ),
+            replaced={"vllm.model_executor.models.qwen3_5.Qwen3NextSparseMoeBlock": NoExperts},
             since=since,
         )
         for name, architecture, since, config in (
@@ -224,14 +243,17 @@ DELTA_FAMILIES = (
                 "0.21.0",
                 {
                     "model_type": "qwen3_5",
-                    "vision_config": {
-                        "model_type": "qwen3_5",
-                        "depth": 1,
-                        "hidden_size": 64,
-                        "num_heads": 8,
-                        "intermediate_size": 64,
-                        "out_hidden_size": HIDDEN,
-                    },
+                    "vision_config": _VISION,
+                },
+            ),
+            (
+                "Intern-S2 Preview",
+                "InternS2PreviewForConditionalGeneration",
+                "0.32.0",
+                {
+                    "model_type": "qwen3_5_moe",
+                    "text_config": {**GDN, "model_type": "qwen3_5_moe_text", "num_experts": 8},
+                    "vision_config": _VISION,
                 },
             ),
             (

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from support.family import ALWAYS_EXACT, COMMON, LAYER, REFUSED, VLLM, Family, Fused
+from torch import nn
+
+from support.family import ALWAYS_EXACT, COMMON, LAYER, NO_ATTENTION, REFUSED, VLLM, Family, Fused
 
 _ATTENTION = f"{LAYER}.self_attn"
-_MLA: Mapping[str, Any] = {
+MLA: Mapping[str, Any] = {
     **COMMON,
     "num_hidden_layers": 1,
     "first_k_dense_replace": 1,
@@ -32,7 +34,7 @@ _MLA: Mapping[str, Any] = {
 }
 
 
-def _down(
+def down_projection(
     attention: str = _ATTENTION,
     stock: tuple[str, str, str, str] = ALWAYS_EXACT,
     wrapper: str = ".mla_attn",
@@ -53,60 +55,94 @@ def _indexer(stock: tuple[str, str, str, str]) -> Fused:
     )
 
 
+def _build_no_attention(layer: nn.Module, *_: Any, **__: Any) -> None:
+    """In place of an attention's ``__init__``, below which a class builds its projections."""
+    nn.Module.__init__(layer)
+    layer.use_pcp, layer.kv_cache_dtype = False, "auto"
+
+
+_DEEPSEEK_V32 = "vllm.models.deepseek_v32.attention"
 _INDEXER = {"index_topk": 8, "index_n_heads": 8, "index_head_dim": 32}
 #: The attention itself, which LoRA does not see; its CPU kernel has no sparse variant.
-_STUBS = (f"{VLLM}.layers.mla.MLAAttention",)
+MLA_STUBS = (f"{VLLM}.layers.mla.MLAAttention",)
 
 MLA_FAMILIES = (
     Family(
         "DeepSeek-V3, Kimi-K2, Mistral Large 3",
-        {**_MLA, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]},
-        (_down(),),
-        stubs=_STUBS,
+        {**MLA, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]},
+        (down_projection(),),
+        stubs=MLA_STUBS,
     ),
     Family(
         "DeepSeek-V3.2",
         {
-            **_MLA,
+            **MLA,
             **_INDEXER,
             "model_type": "deepseek_v32",
             "architectures": ["DeepseekV32ForCausalLM"],
         },
-        (_down(), _indexer((REFUSED,) * 4)),
-        stubs=_STUBS,
+        (down_projection(), _indexer((REFUSED,) * 4)),
+        stubs=MLA_STUBS,
         since="0.20.0",  # before, the indexer had two layers
     ),
     Family(
+        "DeepSeek-V3.2, GLM-5, the class for GPUs",
+        {
+            **MLA,
+            **_INDEXER,
+            "model_type": "deepseek_v32",
+            "architectures": ["DeepseekV32ForCausalLM"],
+        },
+        (down_projection(wrapper=""), _indexer((REFUSED,) * 4)),
+        stubs=(
+            f"{_DEEPSEEK_V32}.SparseAttnIndexer",
+            f"{_DEEPSEEK_V32}.MLAAttention.process_weights_after_loading",
+        ),
+        replaced={f"{_DEEPSEEK_V32}.MLAAttention.__init__": _build_no_attention},
+        model_class="vllm.models.deepseek_v32.nvidia.model:DeepseekV32ForCausalLM",
+        since="0.33.0",
+    ),
+    Family(
+        "Transformers backend, MLA",
+        {**MLA, "model_type": "deepseek_v3", "architectures": ["TransformersForCausalLM"]},
+        (down_projection(wrapper=""),),
+        stubs=NO_ATTENTION,
+        since="0.32.0",
+    ),
+    Family(
         "GLM-4-MoE-Lite",
-        {**_MLA, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]},
-        (_down(),),
-        stubs=(*_STUBS, f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters"),
+        {**MLA, "model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]},
+        (down_projection(),),
+        stubs=(
+            *MLA_STUBS,
+            f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters",
+        ),
         since="0.20.0",  # before, transformers did not know it
     ),
     Family(
         "A.X K1",
         # Its configuration's class differs between releases of transformers.
         {
-            **_MLA,
+            **MLA,
             "model_type": "deepseek_v3",
             "architectures": ["AXK1ForCausalLM"],
             "num_nextn_predict_layers": 0,
         },
-        (_down(),),
-        stubs=_STUBS,
+        (down_projection(),),
+        stubs=MLA_STUBS,
     ),
     Family(
         "openPangu Ultra",
         # transformers has no class for its configuration; DeepSeek's has the same fields. The class
         # is the dense one of the two, which share all that is tested here (OpenPanguModelBase).
-        {**_MLA, "model_type": "deepseek_v3", "architectures": ["PanguEmbeddedForCausalLM"]},
-        (_down(),),
-        stubs=_STUBS,
+        {**MLA, "model_type": "deepseek_v3", "architectures": ["PanguEmbeddedForCausalLM"]},
+        (down_projection(),),
+        stubs=MLA_STUBS,
     ),
     Family(
         "HY-V4",
         {
-            **_MLA,
+            **MLA,
             **_INDEXER,
             "model_type": "hy_v4",
             "architectures": ["HYV4ForCausalLM"],
@@ -114,7 +150,7 @@ MLA_FAMILIES = (
             "layer_types": ["deepseek_sparse_attention"],
             "indexer_types": ["full"],
         },
-        (_down(wrapper=""), _indexer(ALWAYS_EXACT)),
+        (down_projection(wrapper=""), _indexer(ALWAYS_EXACT)),
         stubs=tuple(
             f"vllm.models.hy_v4.nvidia.attention.{name}"
             for name in (
@@ -129,7 +165,7 @@ MLA_FAMILIES = (
     Family(
         "LongCat-Flash",
         {
-            **_MLA,
+            **MLA,
             "model_type": "longcat_flash",
             "architectures": ["LongcatFlashForCausalLM"],
             "num_hidden_layers": 2,  # each of its layers counts as two
@@ -140,7 +176,7 @@ MLA_FAMILIES = (
             "mla_scale_kv_lora": False,
             "zero_expert_num": 0,
         },
-        tuple(_down(f"{_ATTENTION}.{n}", (REFUSED,) * 4) for n in (0, 1)),
-        stubs=(*_STUBS, f"{VLLM}.models.longcat_flash.LongcatMoe"),
+        tuple(down_projection(f"{_ATTENTION}.{n}", (REFUSED,) * 4) for n in (0, 1)),
+        stubs=(*MLA_STUBS, f"{VLLM}.models.longcat_flash.LongcatMoe"),
     ),
 )

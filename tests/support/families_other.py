@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
@@ -14,12 +12,14 @@ from support.family import (
     HIDDEN,
     IGNORED,
     LAYER,
+    NO_ATTENTION,
     REFUSED,
     UNWRAPPED,
     VLLM,
     WRONG,
     Family,
     Fused,
+    NoExperts,
 )
 
 _LFM2: Mapping[str, Any] = {
@@ -43,20 +43,6 @@ _VISION: Mapping[str, Any] = {
     "num_patches": 16,
 }
 
-#: The models have state that the Transformers backend cannot keep; their layers are built alike.
-_NO_ATTENTION = (f"{VLLM}.models.transformers.base.Base._create_attention_instances",)
-
-
-class NoExperts(nn.Module):
-    """What a model asks of its MoE layers, and no layer: LoRA on one needs Triton."""
-
-    experts = None
-    n_logical_experts = n_physical_experts = n_local_physical_experts = 0
-    n_routed_experts = n_redundant_experts = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
-
 
 OTHER_FAMILIES = (
     Family(
@@ -72,7 +58,14 @@ OTHER_FAMILIES = (
             "norm_topk_prob": True,
             "use_expert_bias": True,
         },
-        (Fused(f"{LAYER}.short_conv.in_proj", {f"{LAYER}.conv.in_proj": 192}, UNWRAPPED),),
+        (
+            Fused(
+                f"{LAYER}.short_conv.in_proj",
+                {f"{LAYER}.conv.in_proj": 192},
+                UNWRAPPED,
+                outputs=3,
+            ),
+        ),
         replaced={f"{VLLM}.models.lfm2_moe.Lfm2MoeSparseMoeBlock": NoExperts},
     ),
     Family(
@@ -90,6 +83,7 @@ OTHER_FAMILIES = (
                 f"language_model.{LAYER}.short_conv.in_proj",
                 {"model.language_model.layers.0.conv.in_proj": 192},
                 (IGNORED,) * 4,
+                outputs=3,
             ),
         ),
     ),
@@ -115,6 +109,7 @@ OTHER_FAMILIES = (
                 {"model.layers.layers.0.mixer.in_proj": 256},
                 (WRONG,) * 4,
                 plugin=REFUSED,
+                outputs=2,
             ),
         ),
         until="0.26.0",
@@ -173,8 +168,47 @@ OTHER_FAMILIES = (
                 ALWAYS_EXACT,
             ),
         ),
-        stubs=_NO_ATTENTION,
+        stubs=NO_ATTENTION,
         since="0.33.0",
+    ),
+    *(
+        Family(
+            f"Transformers backend, four merged layers{around}",
+            {
+                **COMMON,
+                **config,
+                "architectures": ["TransformersForCausalLM"],
+                "num_hidden_layers": 1,
+            },
+            (
+                Fused(
+                    f"{LAYER}.self_attn.{merged}",
+                    {f"{LAYER}.self_attn.{module}": rows for module, rows in modules.items()},
+                    UNWRAPPED,
+                ),
+            ),
+            stubs=NO_ATTENTION,
+            since="0.32.0",
+        )
+        for around, config, merged, modules in (
+            (
+                " (gated attention)",
+                {"model_type": "afmoe", "num_dense_layers": 1, "num_experts": 0},
+                "merged_proj_6_q_proj_6_k_proj_6_v_proj_9_gate_proj",
+                {"q_proj": 128, "k_proj": 128, "v_proj": 128, "gate_proj": 128},
+            ),
+            (
+                " (unequal)",
+                {
+                    "model_type": "inkling_text",
+                    "layer_types": ["hybrid"],
+                    "mlp_layer_types": ["dense"],
+                    "d_rel": 4,
+                },
+                "merged_proj_6_q_proj_6_k_proj_6_v_proj_6_r_proj",
+                {"q_proj": 128, "k_proj": 128, "v_proj": 128, "r_proj": 32},
+            ),
+        )
     ),
     Family(
         "Granite MoE shared",
@@ -196,6 +230,7 @@ OTHER_FAMILIES = (
                 f"{LAYER}.shared_mlp.input_linear",
                 {f"{LAYER}.shared_mlp.input_linear": 128},
                 (IGNORED,) * 4,
+                outputs=2,
             ),
         ),
         stubs=(f"{VLLM}.models.granitemoeshared.GraniteMoeMoE",),
@@ -248,11 +283,13 @@ OTHER_FAMILIES = (
                 f"language_model.{LAYER}.shared_mlp.input_linear",
                 {f"language_model.{LAYER}.shared_mlp.input_linear": 128},
                 (IGNORED,) * 4,
+                outputs=2,
             ),
             Fused(
                 f"language_model.{LAYER}.mamba.in_proj",
                 {f"language_model.{LAYER}.mamba.in_proj": 128 + 128 + 2 * 16 + 8},
                 (EXACT, WRONG, IGNORED, WRONG),
+                outputs=5,
             ),
         ),
     ),
@@ -264,7 +301,14 @@ OTHER_FAMILIES = (
             "architectures": ["ModernBertModel"],
             "num_hidden_layers": 1,
         },
-        (Fused("encoder_layer.layers.0.mlp.Wi", {f"{LAYER}.mlp.Wi": 128}, ALWAYS_EXACT),),
+        (
+            Fused(
+                "encoder_layer.layers.0.mlp.Wi",
+                {f"{LAYER}.mlp.Wi": 128},
+                ALWAYS_EXACT,
+                outputs=2,
+            ),
+        ),
         since="0.32.0",
     ),
     Family(
@@ -291,6 +335,7 @@ OTHER_FAMILIES = (
                 "transformer.encoder.layers.0.mlp.dense_h_to_4h",
                 {"transformer.encoder.layers.0.mlp.dense_h_to_4h": 128},
                 ALWAYS_EXACT,
+                outputs=2,
             ),
         ),
     ),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 EXACT, WRONG, IGNORED, REFUSED, FAILS = "exact", "wrong", "ignored", "refused", "fails"
 HIDDEN = 64
 
@@ -21,8 +23,10 @@ class Fused:
             both again under ``fully_sharded_loras``.
         plugin: what this package makes of them.
         columns: width of its input.
+        outputs: how many parts the layer has, if not one per module of ``modules``.
         stored_as: the one module whose weight a checkpoint has in place of theirs, if it has.
         called: False where the model multiplies by the layer's weight by itself.
+        loaded: False where a checkpoint has no weight of these modules' shapes.
     """
 
     layer: str
@@ -32,6 +36,12 @@ class Fused:
     columns: int = HIDDEN
     stored_as: str = ""
     called: bool = True
+    loaded: bool = True
+    outputs: int | None = None
+
+    @property
+    def n_outputs(self) -> int:
+        return self.outputs or len(self.modules)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,17 @@ class Family:
     required: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+class NoExperts(nn.Module):
+    """What a model asks of its MoE layers, and no layer: LoRA on one needs Triton."""
+
+    experts = None
+    n_logical_experts = n_physical_experts = n_local_physical_experts = 0
+    n_routed_experts = n_redundant_experts = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+
 ALWAYS_EXACT = (EXACT,) * 4
 #: One module over one output, or over unequal ones: cut into two halves at TP > 1.
 HALVES = (EXACT, WRONG, EXACT, WRONG)
@@ -98,3 +119,5 @@ GDN: Mapping[str, Any] = {
 VLLM = "vllm.model_executor"
 LAYER = "model.layers.0"
 GDN_LAYER = f"{LAYER}.linear_attn"
+#: The models have state that the Transformers backend cannot keep; their layers are built alike.
+NO_ATTENTION = (f"{VLLM}.models.transformers.base.Base._create_attention_instances",)

@@ -43,6 +43,7 @@ def foretell(
         "tensor_parallel_size": tensor_parallel_size,
         "fully_sharded": "--fully-sharded-loras" in arguments,
         "max_lora_rank": 16,
+        "model_impl": "transformers" if "transformers" in arguments else "auto",
     }
     job = [str(checkpoint), {name: str(folder) for name, folder in adapters.items()}, options]
     words, rows = _check(json.dumps(job))

@@ -1,0 +1,183 @@
+"""Families that other models wrap: text models below a multimodal class with a mapping of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from support.families_mla import MLA, MLA_STUBS, down_projection
+from support.family import (
+    ALWAYS_EXACT,
+    COMMON,
+    HIDDEN,
+    LAYER,
+    REFUSED,
+    UNWRAPPED,
+    VLLM,
+    Family,
+    Fused,
+)
+
+
+class Published(PretrainedConfig):
+    """A configuration with the fields that a checkpoint has, under the names that vLLM asks for.
+
+    The models have one of their own beside their weights; transformers' classes, where there are
+    any, rename fields. vLLM reads Mistral's own format into plain configurations, too.
+    """
+
+    model_type = "published"
+
+    def __init__(self, **fields: Any) -> None:
+        parts = {name: fields.pop(name) for name in list(fields) if name.endswith("_config")}
+        super().__init__(**fields)
+        for name, part in parts.items():
+            known = AutoConfig.for_model if part.get("model_type") else PretrainedConfig
+            setattr(self, name, known(**part))
+
+
+class NoTower(nn.Module):
+    """In place of a vision tower that takes no LoRA and has published sizes only."""
+
+    def load_weights(self, weights: Any) -> None:
+        assert not list(weights)
+
+
+AutoConfig.register("published", Published)
+
+_NANO_VL = f"{VLLM}.models.nano_nemotron_vl"
+_HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+
+WRAPPED_FAMILIES = (
+    Family(
+        "Pixtral around Mistral Large 3",
+        {
+            "model_type": "published",
+            "architectures": ["PixtralForConditionalGeneration"],
+            "text_config": {
+                **MLA,
+                "model_type": "deepseek_v3",
+                "architectures": ["MistralLarge3ForCausalLM"],
+            },
+            "vision_config": {
+                "hidden_size": 64,
+                "num_channels": 3,
+                "image_size": 8,
+                "patch_size": 2,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 8,
+                "rope_theta": 1e4,
+                "image_token_id": 10,
+            },
+        },
+        # The wrapper's mapping hides what its text model says of the two modules.
+        (down_projection(f"language_model.{LAYER}.self_attn", (REFUSED,) * 4),),
+        stubs=MLA_STUBS,
+        since="0.32.0",  # before, its tower needed a part of transformers that moved
+    ),
+    Family(
+        "Molmo2",
+        {
+            "model_type": "published",
+            "architectures": ["Molmo2ForConditionalGeneration"],
+            "image_patch_id": 10,
+            "text_config": {
+                **COMMON,
+                "num_hidden_layers": 1,
+                "additional_vocab_size": 8,
+                "hidden_act": "silu",
+                "layer_norm_eps": 1e-6,
+                "norm_after": False,
+                "qkv_bias": False,
+                "use_qk_norm": True,
+                "qk_norm_type": "qwen3",
+                "rope_scaling_layers": None,
+                "rope_theta": 1e4,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "vit_config": {
+                **_HEADS,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "image_default_input_size": [8, 8],
+                "image_patch_size": 2,
+                "image_num_pos": 16,
+                "hidden_act": "gelu",
+                "layer_norm_eps": 1e-6,
+            },
+            "adapter_config": {
+                **_HEADS,
+                "vit_layers": [0],
+                "hidden_act": "silu",
+                "pooling_attention_mask": False,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "text_hidden_size": HIDDEN,
+            },
+        },
+        (
+            Fused(
+                f"{LAYER}.mlp.up_gate_proj",
+                {"model.transformer.blocks.0.mlp.ff_proj": 128},
+                ALWAYS_EXACT,
+                outputs=2,
+            ),
+        ),
+        since="0.20.0",
+        required={
+            "model.transformer.wte.embedding": (128, HIDDEN),
+            "model.transformer.wte.new_embedding": (8, HIDDEN),
+        },
+    ),
+    Family(
+        "Nemotron-H Nano VL",
+        {
+            "model_type": "published",
+            "architectures": ["NemotronH_Nano_VL_V2"],
+            "text_config": {
+                **COMMON,
+                "model_type": "nemotron_h",
+                "dtype": "float32",
+                "architectures": ["NemotronHForCausalLM"],
+                "num_hidden_layers": 2,
+                "hybrid_override_pattern": "M*",
+                "mamba_num_heads": 8,
+                "mamba_head_dim": 16,
+                "ssm_state_size": 16,
+                "n_groups": 8,
+                "conv_kernel": 4,
+                "chunk_size": 16,
+                "expand": 2,
+            },
+            "vision_config": {"args": {}},
+            "downsample_ratio": 0.5,
+            "force_image_size": 8,
+            "patch_size": 2,
+            "template": "",
+            "ps_version": "v2",
+            "image_tag_type": "",
+            "vit_hidden_size": 64,
+            "projector_hidden_size": 64,
+        },
+        (
+            Fused(
+                f"language_model.{LAYER}.mixer.in_proj",
+                {"language_model.backbone.layers.0.mixer.in_proj": 128 + 128 + 2 * 16 * 8 + 8},
+                UNWRAPPED,
+                outputs=5,
+            ),
+        ),
+        stubs=((f"{_NANO_VL}.cached_tokenizer_from_config", mock.MagicMock()),),
+        replaced={
+            f"{_NANO_VL}.NemotronH_Nano_VL_V2.get_vit_model_from_radio_config": (
+                lambda *_: NoTower()
+            ),
+        },
+        since="0.31.0",  # before, it took no LoRA,
+    ),
+)
