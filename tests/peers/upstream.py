@@ -16,6 +16,8 @@ LEFT_OUT = {
     "test_peft_helper.py::test_peft_helper_pass": "downloads an adapter",
     "test_peft_helper.py::test_peft_helper_error": "downloads an adapter",
     "test_utils.py::test_get_adapter_absolute_path_huggingface": "asks the Hugging Face Hub",
+    # Asserts by name that vLLM's class takes the layers that this package is for.
+    "test_layers.py::test_variable_slice_lora_class_selection": "asserts which class is used",
     # A minute or more each on two cores, and of layers that this package never takes.
     "test_layers.py::test_embeddings": "vocabularies of 65,000 rows and more",
     "test_layers.py::test_lm_head_logits_processor": "vocabularies of 65,000 rows and more",
@@ -32,10 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.modules.setdefault("ray", ray)
 
     import vllm_nway_lora
+    from vllm_nway_lora import patches, settings
 
     vllm_nway_lora.register()
 
     import torch
+    import vllm.lora.worker_manager  # noqa: F401  # has the patches applied, as in any worker
+
+    assert bool(patches.applied()) == (settings.read_mode() is not settings.Mode.OFF)
+
     from support.cpu import unpin
     from vllm.model_executor.layers import utils
 
