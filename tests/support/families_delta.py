@@ -180,7 +180,7 @@ DELTA_FAMILIES = (
                     },
                     (*stock, IGNORED, IGNORED),
                     columns=4 * HIDDEN,
-                    outputs=3,
+                    outputs=outputs,
                 ),
                 Fused(
                     f"{LAYER}.ple.kv_proj",

@@ -182,6 +182,7 @@ def engine_environment(plugin: bool, tensor_parallel_size: int) -> dict[str, str
         else "auto",
         # What tests add to vLLM's processes (see dense_qwen3_next.py) is found as plugins are.
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "support" / "plugin"))),
+        "VLLM_LOGGING_LEVEL": "INFO",  # tests read the logs, whatever level the caller has
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -182,8 +182,7 @@ def stubbed(family: Family) -> Iterator[None]:
             stack.callback(sys.modules.pop, module)
         if family.model_class:
             [architecture] = family.config["architectures"]
-            registered = ModelRegistry.models[architecture]
-            stack.callback(ModelRegistry.models.__setitem__, architecture, registered)
+            stack.enter_context(mock.patch.dict(ModelRegistry.models))  # put back what was there
             ModelRegistry.register_model(architecture, family.model_class)
         for stub in family.stubs:
             path, answer = stub if isinstance(stub, tuple) else (stub, None)
