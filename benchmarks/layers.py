@@ -100,6 +100,8 @@ class Bench:
 
         shape = self.shape = case.shape
         self.case, self.device = case, device
+        # Ranks that gather must call as often as each other.
+        self._most = 1 if case.fully_sharded else 200
         torch.manual_seed(0)
         base = self.base = MergedColumnParallelLinear(
             shape.input_size,
@@ -170,7 +172,7 @@ class Bench:
             calls[name] = functools.partial(self._lora_part, layer, call)
         for _, call in itertools.product(range(2), calls.values()):
             call()  # compiles, and touches all memory
-        return in_turn(calls, rounds, clock, self._wait)
+        return in_turn(calls, self._most, rounds, clock, self._wait)
 
     def load_times(self, rounds: int, clock: Clock) -> dict[str, list[float]]:
         """Return seconds per round of putting one adapter into a slot, for each variant."""
@@ -179,7 +181,7 @@ class Bench:
             for name, layer in self.variants.items()
             if name != "slices"  # the same
         }
-        return in_turn(calls, rounds, clock, self._wait)
+        return in_turn(calls, self._most, rounds, clock, self._wait)
 
     def sizes(self) -> dict[str, Any]:
         """Return bytes of LoRA-A and -B, bytes gathered per forward, and multiply-adds."""
@@ -223,7 +225,11 @@ class Bench:
 
 
 def in_turn(
-    calls: dict[str, Callable[[], Any]], rounds: int, clock: Clock, wait: Callable[[], None]
+    calls: dict[str, Callable[[], Any]],
+    most: int,
+    rounds: int,
+    clock: Clock,
+    wait: Callable[[], None],
 ) -> dict[str, list[float]]:
     """Time every call once per round, each round from another one on; return seconds by name."""
     repeats = {}
@@ -232,7 +238,7 @@ def in_turn(
         call()
         wait()
         # Short calls several times, for the clock's sake.
-        repeats[name] = max(1, min(200, int(0.005 / (clock() - started))))
+        repeats[name] = max(1, min(most, int(0.005 / (clock() - started))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
@@ -307,23 +313,18 @@ def main() -> int:
     chosen = [c for c in cases(arguments.full) if c.shape.name.startswith(arguments.model)]
     if arguments.device != "cpu":
         chosen = [case for case in chosen if case.tensor_parallel_size == 1]
-    rows = []
+    name = "layers" if arguments.device == "cpu" else f"layers-{arguments.device}"
+    rows: list[dict[str, Any]] = []
     for size in sorted({case.tensor_parallel_size for case in chosen}):
         with contextlib.closing(Ranks(size)) as ranks:
             for case in (case for case in chosen if case.tensor_parallel_size == size):
                 threads = arguments.threads or max(1, cores // size)
-                found = ranks.run(
-                    measure,
-                    case,
-                    arguments.rounds,
-                    arguments.device,
-                    threads,
-                    CLOCKS[arguments.clock],
-                )[0]
-                rows.append(summarise(case, found))
+                clock = CLOCKS[arguments.clock]
+                job = (measure, case, arguments.rounds, arguments.device, threads, clock)
+                rows.append(summarise(case, ranks.run(*job)[0]))
                 print(json.dumps({k: v for k, v in rows[-1].items() if k != "sizes"}), flush=True)
-    name = "layers" if arguments.device == "cpu" else f"layers-{arguments.device}"
-    write(arguments.results / f"{name}.json", {"machine": machine, "rows": rows})
+                # After each: a run that is cut short leaves what it has.
+                write(arguments.results / f"{name}.json", {"machine": machine, "rows": rows})
     return 0
 
 
