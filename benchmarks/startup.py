@@ -85,7 +85,7 @@ def main() -> int:
             ]
         rows.append(row)
         print(json.dumps(row), flush=True)
-    write(arguments.results / "startup.json", {"machine": machine, "rows": rows})
+        write(arguments.results / "startup.json", {"machine": machine, "rows": rows})
     return 0
 
 
