@@ -8,6 +8,7 @@ one row. Here the tokens of an adapter are multiplied by its A and B at once, un
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -116,12 +117,14 @@ def _groups(indices: torch.Tensor, tokens: int) -> Iterator[tuple[int, slice | t
     """
     if len(indices) > tokens:
         raise ValueError(f"LoRA's mapping is of {len(indices)} tokens, the input of {tokens}")
-    for slot in indices.unique().tolist():
-        if slot < 0:
-            continue
-        rows = (indices == slot).nonzero().flatten()
-        first, last = int(rows[0]), int(rows[-1])
-        yield slot, slice(first, last + 1) if last - first + 1 == len(rows) else rows
+    slots, counts = (t.tolist() for t in indices.unique_consecutive(return_counts=True))
+    stops = list(accumulate(counts))
+    for slot in sorted({*slots} - {-1}):
+        if slots.count(slot) > 1:
+            yield slot, (indices == slot).nonzero().flatten()
+        else:
+            run = slots.index(slot)
+            yield slot, slice(stops[run] - counts[run], stops[run])
 
 
 def _shrink(

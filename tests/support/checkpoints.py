@@ -39,11 +39,11 @@ _GDN: dict[str, Any] = {
 }
 
 
-def save_qwen3_5(folder: Path) -> Path:
-    """Save a Qwen3.5 text model."""
+def save_qwen3_5(folder: Path, **sizes: Any) -> Path:
+    """Save a Qwen3.5 text model, tiny but for ``sizes``, by their names in the configuration."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(**_GDN)
+    config = Qwen3_5TextConfig(**_GDN | sizes)
     return _save(Qwen3_5ForCausalLM, config, folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import tomllib
 
@@ -13,14 +14,26 @@ from vllm_nway_lora.releases import KNOWN, TESTED
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_the_tables_are_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "ci" / "readme.py")
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec
     assert spec.loader
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_up_to_date() -> None:
     text = (ROOT / "README.md").read_text()
-    assert readme.render(text) == text, "run `python3 ci/readme.py`"
+    assert script("ci/readme.py").render(text) == text, "run `python3 ci/readme.py`"
+
+
+def test_the_benchmarks_tables_and_plots_are_up_to_date() -> None:
+    report = script("benchmarks/report.py")
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert report.render(text) == text, "run `python3 benchmarks/run.py report`"
+    for name, draw in report.PLOTS.items():
+        assert (ROOT / "benchmarks" / "results" / name).read_text() == draw()
 
 
 def test_tested_releases_are_those_that_have_passed() -> None:

@@ -1,0 +1,41 @@
+"""What was measured on: written down with every result."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """Return the machine and the versions of what runs on it."""
+    import torch
+    import vllm
+
+    import vllm_nway_lora
+
+    name = platform.processor() or platform.machine()
+    cpus = Path("/proc/cpuinfo")
+    if cpus.exists():
+        lines = cpus.read_text().splitlines()
+        name = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), name)
+    return {
+        "cpu": name,
+        "cores": len(os.sched_getaffinity(0)),
+        "device": "CPU" if device == "cpu" else torch.cuda.get_device_name(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+        "vllm-nway-lora": vllm_nway_lora.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, as JSON that a diff shows well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

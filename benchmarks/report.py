@@ -1,0 +1,238 @@
+"""Write the tables of ``benchmarks/README.md`` and the plots beside the results, from the results.
+
+``python3 benchmarks/run.py report``, or this script by itself: the standard library is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+VARIANTS = ("stock", "slices", "plugin")
+COLOURS = {"stock": "#b0413e", "slices": "#d9a441", "plugin": "#2f6f9f"}
+
+
+def main() -> int:
+    """Write tables and plots anew; return 0."""
+    readme = HERE / "README.md"
+    readme.write_text(render(readme.read_text()))
+    for name, draw in PLOTS.items():
+        (RESULTS / name).write_text(draw())
+    return 0
+
+
+def render(text: str) -> str:
+    """Return the text with every table made anew, between its two comments."""
+    for name, make in TABLES.items():
+        opening, closing = f"<!-- {name}, by report.py -->\n", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(opening)
+        _, ended, after = rest.partition(closing)
+        if not found or not ended:
+            raise ValueError(f"benchmarks/README.md has no place for the table {name!r}")
+        text = f"{before}{opening}{make()}{closing}{after}"
+    return text
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return a stored result; one without rows where there is none yet."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return {"machine": {}, "rows": []}
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def machines() -> str:
+    """Return on what each result was measured."""
+    keys = ("date", "cpu", "cores", "threads", "clock", "load_before", "vllm", "torch")
+    found = ((name, load(name)["machine"]) for name in ("layers", "startup", "engine"))
+    rows = ((name, *(str(m.get(key) or "") for key in keys)) for name, m in found if m)
+    return _table(("result", *keys), rows)
+
+
+def layers() -> str:
+    """Return the LoRA part of each layer: medians, and medians of the rounds' ratios."""
+    headings = ("model", "TP", "r", "tokens", "adapters", "mode", "base, µs",
+                *(f"{name}, µs" for name in VARIANTS), "slices / stock", "plugin / stock")  # fmt: skip
+    rows = []
+    for row in load("layers")["rows"]:
+        times, ratios = row["lora_us"], row.get("lora_ratio", {})
+        rows.append(
+            (
+                row["model"],
+                *(str(row[k]) for k in ("tensor_parallel_size", "rank", "tokens", "adapters")),
+                _mode(row),
+                *(f"{times[name]:.0f}" if name in times else "–" for name in ("base", *VARIANTS)),
+                *(f"{ratios[n]:.2f}" if n in ratios else "–" for n in VARIANTS[1:]),
+            )
+        )
+    return _table(headings, rows)
+
+
+def sizes() -> str:
+    """Return what is counted: multiply-adds against the floor, and bytes against stock vLLM's."""
+    rows = []
+    seen = set()
+    for row in load("layers")["rows"]:
+        key = row["model"], row["tensor_parallel_size"], row["fully_sharded"]
+        found = row["sizes"]
+        if key in seen or row["rank"] != 16 or row["tokens"] < 8:
+            continue
+        seen.add(key)
+        stock, plugin = found.get("stock"), found["plugin"]
+        floor = found["floor"]["multiply_adds"]
+
+        def over(what: str, stock: Any = stock, plugin: Any = plugin) -> str:
+            return f"{plugin[what] / stock[what]:.2f}" if stock and stock[what] else "–"
+
+        rows.append(
+            (
+                row["model"],
+                str(row["tensor_parallel_size"]),
+                "sharded" if row["fully_sharded"] else "whole",
+                f"{plugin['slices']} / {stock['slices'] if stock else 'not wrapped'}",
+                f"{stock['multiply_adds'] / floor:.2f}" if stock else "–",
+                f"{plugin['multiply_adds'] / floor:.2f}",
+                *(over(what) for what in ("a_bytes", "b_bytes", "gathered_bytes")),
+            )
+        )
+    return _table(
+        ("model", "TP", "LoRA-A", "slices, plugin / stock", "stock / floor", "plugin / floor",
+         "A bytes", "B bytes", "gathered bytes"), rows)  # fmt: skip
+
+
+def loads() -> str:
+    """Return the time to put an adapter into a slot."""
+    rows = []
+    for row in load("layers")["rows"]:
+        if row["tokens"] == 64 and row["adapters"] == 1 and not row["compiled"]:
+            times, ratio = row["load_us"], row.get("load_ratio", {}).get("plugin")
+            rows.append(
+                (
+                    row["model"],
+                    *(str(row[k]) for k in ("tensor_parallel_size", "rank")),
+                    "sharded" if row["fully_sharded"] else "whole",
+                    *(f"{times[n]:.0f}" if n in times else "–" for n in ("stock", "plugin")),
+                    "–" if ratio is None else f"{ratio:.2f}",
+                )
+            )
+    return _table(("model", "TP", "r", "LoRA-A", "stock, µs", "plugin, µs", "plugin / stock"), rows)
+
+
+def startup() -> str:
+    """Return what register() costs each process."""
+    rows = []
+    for row in load("startup")["rows"]:
+        imported = ", ".join(row["on_torch_or_lora"]) or "none"
+        figures = (
+            f"{row[f'{s}_{c}_ms']:.1f}" for s in ("off", "on") for c in ("wall", "processor")
+        )
+        rows.append((row["process"], *figures, str(row["on_modules"]), imported))
+    headings = ("process has imported", "off, ms", "of processor", "on, ms", "of processor",
+                "modules added", "of torch or vllm.lora")  # fmt: skip
+    return _table(headings, rows)
+
+
+def engine() -> str:
+    """Return the engine's throughput and time per step."""
+    rows = []
+    for row in load("engine")["rows"]:
+        speed, step = row["tokens_per_second"], row["ms_per_step"]
+        names = ("base", "stock", "plugin")
+        decode = not row["load"].startswith("prefill")
+        rows.append(
+            (
+                row["lora_on"],
+                row["load"],
+                *(f"{speed[n]:.0f}" if n in speed else "–" for n in names),
+                *(f"{step[n]:.1f}" if n in step and decode else "–" for n in names),
+                f"{row['speedup']:.2f}" if "speedup" in row else "–",
+            )
+        )
+    headings = ("LoRA on", "load", *(f"{n}, tokens/s" for n in ("base", "stock", "plugin")),
+                *(f"{n}, ms/token" for n in ("base", "stock", "plugin")), "plugin / stock")  # fmt: skip
+    return _table(headings, rows)
+
+
+def _mode(row: Mapping[str, Any]) -> str:
+    sharded = ", sharded" if row["fully_sharded"] else ""
+    return ("compiled" if row["compiled"] else "eager") + sharded
+
+
+def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    if not rows:
+        return "Not measured yet.\n"
+    lines = [headings, ("---",) * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def draw_layers() -> str:
+    """Return bars of Qwen3.5-9B's LoRA part over its base product, by tokens: r 16, one adapter."""
+    chosen = [
+        row
+        for row in load("layers")["rows"]
+        if (row["model"], row["tensor_parallel_size"], row["rank"], row["adapters"])
+        == ("Qwen3.5-9B", 1, 16, 1)
+        and not row["compiled"]
+    ]
+    groups = {
+        f"{row['tokens']} tokens": {n: row["lora_us"][n] / row["lora_us"]["base"] for n in VARIANTS}
+        for row in chosen
+    }
+    return bars("LoRA part over base product: Qwen3.5-9B in_proj_qkvz, r = 16, one adapter", groups)
+
+
+def draw_engine() -> str:
+    """Return bars of the engine's throughput over that without LoRA."""
+    groups = {
+        f"{row['lora_on']}: {row['load']}": {
+            name: row["tokens_per_second"][name] / row["tokens_per_second"]["base"]
+            for name in ("stock", "plugin")
+        }
+        for row in load("engine")["rows"]
+        if {"base", "stock", "plugin"} <= row["tokens_per_second"].keys()
+    }
+    return bars("Throughput over that of the engine without LoRA", groups)
+
+
+def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """Return an SVG of horizontal bars, in groups, each with its figure."""
+    left, width, height = 330, 360, 18
+    longest = max((value for group in groups.values() for value in group.values()), default=1)
+    parts, y = [f'<text x="10" y="22" font-weight="bold">{title}</text>'], 44
+    for label, group in groups.items():
+        parts.append(f'<text x="10" y="{y + 13}">{label}</text>')
+        for name, value in group.items():
+            length = max(1, round(width * value / longest))
+            colour = COLOURS[name]
+            parts.append(f'<rect x="{left}" y="{y}" width="{length}" height="14" fill="{colour}"/>')
+            parts.append(f'<text x="{left + length + 6}" y="{y + 12}">{name} {value:.2f}</text>')
+            y += height
+        y += 10
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 110}" height="{y + 6}" '
+        'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
+        f"{body}\n</svg>\n"
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "machines": machines,
+    "layers": layers,
+    "sizes": sizes,
+    "loads": loads,
+    "startup": startup,
+    "engine": engine,
+}
+PLOTS: dict[str, Callable[[], str]] = {"layers.svg": draw_layers, "engine.svg": draw_engine}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

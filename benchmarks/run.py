@@ -1,0 +1,36 @@
+"""Run the benchmarks in the default release's environment: ``python3 benchmarks/run.py WHAT``.
+
+WHAT is ``layers``, ``startup``, ``engine`` or ``report``; further arguments go to that script
+(``--help`` lists them). ``report`` renews ``benchmarks/README.md`` from the results.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "ci"))
+
+import environment
+
+SCRIPTS = ("layers", "startup", "engine", "report")
+
+
+def main() -> int:
+    """Make the environment, then run a script in it; return its exit status."""
+    if sys.argv[1:2] not in [[name] for name in SCRIPTS]:
+        print(__doc__)
+        return 2
+    what, *arguments = sys.argv[1:]
+    return subprocess.call(
+        [environment.release_environment(), "-P", ROOT / "benchmarks" / f"{what}.py", *arguments],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
