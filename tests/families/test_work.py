@@ -57,7 +57,7 @@ def test_multiply_adds_are_the_adapters_own(family: Family, size: int) -> None:
         rank = build(family, size)
         taken = ours(family, rank)
         names = {fused.layer.rpartition(".")[2] for fused in family.fused}
-        assert taken or not names & {"in_proj_qkvz", "in_proj"}  # so that something is counted
+        assert taken or "in_proj_qkvz" not in names  # so that something is counted
         for fused, layer in taken:
             rows = layer.base_layer.output_size_per_partition
             least = work.floor(TOKENS, len(fused.modules), fused.columns, rows, MAX_RANK)
