@@ -64,8 +64,11 @@ def test_two_equal_outputs_stay_with_vllm(ranks: Ranks, modules: int) -> None:
     groups = ((0,), (1,)) if modules == 2 else ((0, 1),)
     fusion = Fusion("gate_up_proj", (16, 16), ("gate_proj", "up_proj")[:modules], groups)
     case = Case(fusion, ((0,),))
-    ours, theirs = (set(ranks.run(layers.layer_class, c)) for c in (case, case.stock()))
-    assert ours == theirs != {"NWayLinearWithLoRA"}
+    [ours], [theirs] = (set(ranks.run(layers.layer_class, c)) for c in (case, case.stock()))
+    # But where vLLM's class for pairs gathers over all ranks what no rank lacks.
+    gathers = modules == 2 and ranks.size > 1 and messages("gathered-when-whole") is not None
+    assert theirs != "NWayLinearWithLoRA"
+    assert (ours == theirs) != gathers
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
