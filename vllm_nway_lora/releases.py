@@ -22,7 +22,10 @@ KNOWN = (
 )
 
 #: Those on which the suites have passed: ``ci/results`` says which, and CI's default release.
-TESTED = ("0.17.0", "0.17.1", "0.18.0", "0.18.1", "0.32.0")
+TESTED = (
+    *("0.17.0", "0.17.1", "0.18.0", "0.18.1", "0.19.0", "0.19.1"),
+    *("0.20.0", "0.20.1", "0.20.2", "0.21.0", "0.32.0"),
+)
 
 FIRST = Version(KNOWN[0])
 
