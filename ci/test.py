@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import environment
 import runner
 
 
 def main() -> int:
-    """Lint and check types; run all tests on the default release and some suites on other eras'.
+    """Lint and check types; run all tests on the default release and some suites on others.
 
     With ``--lint`` only the former; other arguments go to pytest, on the default release alone.
     Returns 0 if everything passed.
@@ -23,34 +24,25 @@ def main() -> int:
     environment.run(lint, "-m", "mypy")
     if sys.argv[1:] == ["--lint"]:
         return 0
-    environment.wheel()
+    python = environment.release_environment()
+    if sys.argv[1:]:
+        return 0 if run_default(python, sys.argv[1:]) else 1
+    # What is one engine per release is in ci/matrix.py.
+    one_per_release = ["tests/engine/test_release.py", "tests/engine/test_release_stock.py"]
+    engines = ["tests/engine", *(f"--ignore={path}" for path in one_per_release)]
     with ThreadPoolExecutor() as pool:
-        # Beside the default's tests, which leave a core idle whenever an engine starts.
-        eras = pool.submit(run_eras) if not sys.argv[1:] else None
-        passed = run_default(sys.argv[1:])
-        if eras:
-            passed = eras.result() and passed
+        # Beside the engines, whose starts leave a core idle.
+        rest = pool.submit(run_suites, python)
+        passed = run_default(python, ["tests/unit/test_readme.py", *engines])
+        passed = rest.result() and passed
     return 0 if passed else 1
 
 
-def run_default(paths: list[str]) -> bool:
-    """Run all tests, or those that ``paths`` names, on the default release."""
-    python = environment.release_environment()
+def run_default(python: Path, arguments: list[str]) -> bool:
+    """Run pytest on the default release and show what it says."""
     environment.say("running the tests")
-    # Families run on the newest release, below; what is one engine per release, in ci/matrix.py.
-    elsewhere = [
-        "tests/families",
-        "tests/engine/test_release.py",
-        "tests/engine/test_release_stock.py",
-    ]
     status = subprocess.call(
-        [
-            python,
-            "-P",
-            "-m",
-            "pytest",
-            *(paths or ["tests", *(f"--ignore={e}" for e in elsewhere)]),
-        ],
+        [python, "-P", "-m", "pytest", *arguments],
         cwd=environment.ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
@@ -58,11 +50,15 @@ def run_default(paths: list[str]) -> bool:
     return status == 0
 
 
-def run_eras() -> bool:
-    """Run some suites on releases of other eras; show the log of those that fail."""
+def run_suites(default: Path) -> bool:
+    """Run the suites of ``eras`` in ci/matrix.toml; show the log of those that fail.
+
+    ``default`` is the Python of the default release, whose environment is in use by then.
+    """
     passed = True
     for release, suites in environment.matrix()["eras"].items():
-        python = environment.release_environment(release)
+        is_default = release == environment.matrix()["default"]
+        python = default if is_default else environment.release_environment(release)
         log = environment.CACHE / "logs" / f"{release}.log"
         log.parent.mkdir(exist_ok=True)
         paths = [
