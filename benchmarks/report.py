@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "ci"))
+
+import tables
+
 RESULTS = HERE / "results"
 VARIANTS = ("stock", "slices", "plugin")
 COLOURS = {"stock": "#b0413e", "slices": "#d9a441", "plugin": "#2f6f9f"}
@@ -28,14 +32,7 @@ def main() -> int:
 
 def render(text: str) -> str:
     """Return the text with every table made anew, between its two comments."""
-    for name, make in TABLES.items():
-        opening, closing = f"<!-- {name}, by report.py -->\n", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(opening)
-        _, ended, after = rest.partition(closing)
-        if not found or not ended:
-            raise ValueError(f"benchmarks/README.md has no place for the table {name!r}")
-        text = f"{before}{opening}{make()}{closing}{after}"
-    return text
+    return tables.fill(text, TABLES, "report.py")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -168,8 +165,7 @@ def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     rows = list(rows)
     if not rows:
         return "Not measured yet.\n"
-    lines = [headings, ("---",) * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return tables.table(headings, rows)
 
 
 def draw_layers() -> str:

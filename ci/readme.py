@@ -9,14 +9,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "ci"), str(ROOT / "tests")]
+
+import tables  # noqa: E402  # found by the path above
 
 
 def main() -> int:
@@ -33,20 +35,13 @@ def main() -> int:
 
 def render(text: str) -> str:
     """Return the README with every generated part made anew, between its two comments."""
-    for name, make in TABLES.items():
-        opening, closing = f"<!-- {name}, by ci/readme.py -->\n", f"<!-- end of {name} -->"
-        before, found, rest = text.partition(opening)
-        _, ended, after = rest.partition(closing)
-        if not found or not ended:
-            raise ValueError(f"README.md has no place for the table {name!r}")
-        text = f"{before}{opening}{make()}{closing}{after}"
-    return text
+    return tables.fill(text, TABLES, "ci/readme.py")
 
 
 def demo() -> str:
     """Return the table of ``ci/demo.py``, as it was last measured."""
     rows = json.loads((RESULTS / "demo.json").read_text())
-    return _table(
+    return tables.table(
         ("served model", "adapter on", "stock vLLM 0.32.0", "with the plugin"),
         ((r["model"], r["adapter"], _mark(r["stock"]), r["plugin"]) for r in rows),
     )
@@ -74,7 +69,7 @@ def families() -> str:
     assert len(rows) == verdicts.count("exact") + verdicts.count("refused")
     return (
         f"{len(FAMILIES)} families, {len(rows)} fused projections; with the plugin {counts}.\n\n"
-        f"{_table((*headings, *modes, 'plugin'), rows)}"
+        f"{tables.table((*headings, *modes, 'plugin'), rows)}"
     )
 
 
@@ -93,7 +88,7 @@ def releases() -> str:
             own = f"{peers['passed_off']} → {_figure(peers)}" if peers else ""
             rows.append((release, result["torch"], result["python"], *figures, own))
     suites = ("unit", "layers", "engine, TP=2", "stock's defects", "vLLM's own, off → on")
-    return _table(("vLLM", "torch", "Python", *suites), rows)
+    return tables.table(("vLLM", "torch", "Python", *suites), rows)
 
 
 def _figure(counts: dict[str, int] | None) -> str:
@@ -118,18 +113,13 @@ def defects() -> str:
             for s in defect.seen
         )
         rows.append((defect.user_sees, "<br>".join(seen), " ".join(threads), defect.retired_by))
-    return _table(("stock vLLM", "in, with the words", "upstream", "ended by"), rows)
+    return tables.table(("stock vLLM", "in, with the words", "upstream", "ended by"), rows)
 
 
 def _mark(verdict: str) -> str:
     """Make what is not exact stand out."""
     word, colon, rest = verdict.partition(":")
     return verdict if word == "exact" else f"**{word}**{colon}{rest}"
-
-
-def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [headings, ("---",) * len(headings), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {

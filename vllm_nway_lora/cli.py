@@ -124,18 +124,15 @@ def _check(options: argparse.Namespace, console: Console) -> int:
         return 2
     from vllm_nway_lora import check
 
-    return _serve(
-        options,
-        console,
-        lambda: check.check(
-            options.model,
-            options.adapter,
-            tensor_parallel_size=options.tensor_parallel_size,
-            fully_sharded=options.fully_sharded_loras,
-            model_impl=options.model_impl,
-            max_lora_rank=options.max_lora_rank,
-        ),
+    report = check.check(
+        options.model,
+        options.adapter,
+        tensor_parallel_size=options.tensor_parallel_size,
+        fully_sharded=options.fully_sharded_loras,
+        model_impl=options.model_impl,
+        max_lora_rank=options.max_lora_rank,
     )
+    return _answer(report, options, console)
 
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
@@ -143,16 +140,13 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         return 2
     from vllm_nway_lora import check
 
-    return _serve(
-        options,
-        console,
-        lambda: check.plan(
-            options.model,
-            tensor_parallel_size=options.tensor_parallel_size,
-            fully_sharded=options.fully_sharded_loras,
-            model_impl=options.model_impl,
-        ),
+    report = check.plan(
+        options.model,
+        tensor_parallel_size=options.tensor_parallel_size,
+        fully_sharded=options.fully_sharded_loras,
+        model_impl=options.model_impl,
     )
+    return _answer(report, options, console)
 
 
 def _has(folder: str, file: str) -> bool:
@@ -168,8 +162,7 @@ def _has(folder: str, file: str) -> bool:
     return found
 
 
-def _serve(options: argparse.Namespace, console: Console, make: Any) -> int:
-    report: checking.Report = make()
+def _answer(report: checking.Report, options: argparse.Namespace, console: Console) -> int:
     if options.json:
         print(json.dumps(_plain(report), indent=2))
     else:

@@ -104,6 +104,22 @@ COMMON: Mapping[str, Any] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
 }
+
+#: Nemotron-H's text model: one Mamba2 layer of 8 groups, one of attention.
+NEMOTRON_H: Mapping[str, Any] = {
+    **COMMON,
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "num_hidden_layers": 2,
+    "hybrid_override_pattern": "M*",
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "chunk_size": 16,
+    "expand": 2,
+}
 GDN: Mapping[str, Any] = {
     **COMMON,
     "num_hidden_layers": 2,

@@ -28,6 +28,14 @@ MAX_RANK = 8
 os.environ["INKLING_MULTIMEM_AR"] = "0"
 
 
+def save_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write a model's config.json, with a type.
+
+    Without one vLLM would look for weights to tell it, on the hub too, again and again.
+    """
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32", **config}))
+
+
 class RankModel:
     """One rank's instance of a model class, with an empty LoRA manager around it on demand."""
 
@@ -43,8 +51,7 @@ class RankModel:
                 _register_class(architecture)
         self.group = StandInGroup(rank, size)
         with tempfile.TemporaryDirectory() as folder:
-            # Without a type vLLM would look for weights to tell it, on the hub too, again and again.
-            (Path(folder) / "config.json").write_text(json.dumps({"dtype": "float32", **config}))
+            save_config(Path(folder), config)
             model_config = ModelConfig(
                 model=folder,
                 tokenizer=folder,
