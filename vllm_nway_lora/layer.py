@@ -120,15 +120,24 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             if not self._is_warm_up(b_list):
                 raise
             writes = []
-        self.reset_lora(index)
-        first_rank = self.tp_rank * self.lora_a_stacked[0].shape[2] if self.shards_lora_a else 0
+        left = set(range(self.n_slices))
         for module, number, rows in writes:
-            a, b = a_list[module], b_list[module]
-            a = a[first_rank : first_rank + self.lora_a_stacked[number].shape[2]]
-            b = self.plan.slices[number].take(b[rows])
-            run = self.plan.slices[number].run
-            self.lora_a_stacked[number][index, 0, : a.shape[0]].copy_(a, non_blocking=True)
-            self.lora_b_stacked[number][index, 0, run, : b.shape[1]].copy_(b, non_blocking=True)
+            part = self.plan.slices[number]
+            a_slot = self.lora_a_stacked[number][index, 0]
+            # Nothing is ever written outside of the run.
+            b_slot = self.lora_b_stacked[number][index, 0, part.run]
+            a, b = a_list[module], part.take(b_list[module][rows])
+            if self.shards_lora_a:
+                a = a[self.tp_rank * len(a_slot) : (self.tp_rank + 1) * len(a_slot)]
+            a_slot[: len(a)].copy_(a, non_blocking=True)
+            b_slot[:, : b.shape[1]].copy_(b, non_blocking=True)
+            # What an adapter of a higher rank has left there.
+            a_slot[len(a) :].zero_()
+            b_slot[:, b.shape[1] :].zero_()
+            left.remove(number)
+        for number in left:
+            self.lora_a_stacked[number][index].zero_()
+            self.lora_b_stacked[number][index].zero_()
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         """Take what does the LoRA products, and on CPU what does them in less time."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import layers
-from support.layers import INPUT_SIZE, Fusion
+from support.layers import INPUT_SIZE, Case, Fusion
 from support.ranks import Ranks
 
 QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
@@ -66,6 +66,16 @@ def test_places_unlisted_modules_by_rows_where_only_one_way_fits(ranks: Ranks) -
         for message, unchanged in ranks.run(layers.try_set, UNLISTED, lora_a, lora_b):
             assert unchanged == bool(words)
             assert words in message
+
+
+@pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("rank", [1, 6])
+@pytest.mark.parametrize("modules", [(0,), (1,), (0, 1)], ids=str)
+def test_leaves_nothing_of_the_adapter_before(
+    ranks: Ranks, modules: tuple[int, ...], rank: int, fully_sharded: bool
+) -> None:
+    case = Case(QKVZ, (modules,), rank, fully_sharded)
+    assert all(ranks.run(layers.set_in_turn, case))
 
 
 @pytest.mark.parametrize("fusion", [QKVZ, UNLISTED], ids=lambda fusion: fusion.name)

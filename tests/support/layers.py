@@ -268,6 +268,26 @@ def try_set(fusion: Fusion, lora_a: Any, lora_b: Any) -> tuple[str, bool]:
     return "", False
 
 
+def set_in_turn(case: Case) -> bool:
+    """Set slot 1 to the case's adapter, in one layer after another adapter on everything.
+
+    Returns:
+        Whether LoRA's tensors are the same in both layers.
+    """
+    used, fresh = build(case), build(case)
+    whole = replace(case, rank=MAX_RANK, adapters=(tuple(range(len(case.fusion.modules))),))
+    for layer, cases in ((used, (whole, case)), (fresh, (case,))):
+        for each in cases:
+            [adapter] = tensors(each)[2]
+            set_adapter(layer, 1, adapter)
+    pairs = zip(
+        (*used.lora_a_stacked, *used.lora_b_stacked),
+        (*fresh.lora_a_stacked, *fresh.lora_b_stacked),
+        strict=True,
+    )
+    return all(torch.equal(a, b) and bool(a[0].eq(0).all()) for a, b in pairs)
+
+
 def warm_up(fusion: Fusion) -> str:
     """Set what vLLM's `create_dummy_lora` makes, this rank's rows, all zero; return the error."""
     layer = build(Case(fusion, ()))
