@@ -7,9 +7,10 @@ plugin or without; so what is found out on it is what a worker of this vLLM does
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import ModelRegistry
 from vllm.plugins import load_general_plugins
 
 
@@ -120,6 +122,11 @@ def configure(
         model_impl: ``--model-impl``.
     """
     initialize()
+    for architecture in (
+        json.loads(Path(model, "config.json").read_text()).get("architectures") or ()
+    ):
+        with suppress(Exception):  # vLLM will come to it, and say why
+            import_class(architecture)
     vllm_config = VllmConfig(
         model_config=ModelConfig(
             model=model,
@@ -142,6 +149,19 @@ def configure(
     # vLLM 0.17 would ask for 4 GiB per rank too, where copies of the configuration are validated.
     vllm_config.cache_config.swap_space = 0
     return Rank(StandInGroup(rank, size), vllm_config)
+
+
+def import_class(architecture: str) -> Any:
+    """Return a model's class, imported here: vLLM first looks at one in a process that imports all anew.
+
+    Raises:
+        KeyError: vLLM has no such model.
+    """
+    registered: Any = ModelRegistry.models[architecture]
+    model_class = registered.load_model_cls()
+    if hasattr(registered, "module_name"):  # by name only, as yet
+        ModelRegistry.register_model(architecture, model_class)
+    return model_class
 
 
 def build(rank: Rank, device: str = "meta") -> None:

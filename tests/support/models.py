@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from vllm_nway_lora.offline import StandInGroup
+from vllm_nway_lora.offline import StandInGroup, import_class
 
 MAX_LORAS = 4
 MAX_RANK = 8
@@ -175,8 +175,7 @@ def _register_class(architecture: str) -> None:
 
     registered = ModelRegistry.models[architecture]
     if hasattr(registered, "module_name"):
-        model_class = registered.load_model_cls()
-        ModelRegistry.register_model(architecture, model_class)
+        model_class = import_class(architecture)
         # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
         layer_types = getattr(sys.modules[model_class.__module__], "ALL_DECODER_LAYER_TYPES", {})
         if "mamba" in layer_types:
