@@ -208,6 +208,8 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
         packed, modules = list(manager.packed_modules_mapping.get(own) or [own]), list(row.modules)
         if packed != modules and (layer is not None or not set(packed) >= set(modules)):
             row.stock.worsen(REFUSED, "its class does not list these modules as parts of it")
+            for module in _names_taken(manager) & set(modules):
+                row.stock.worsen(IGNORED, f"{module} is a name that other layers have, too")
             continue
         if layer is None or _renamed_unknown(manager.model):
             row.stock.worsen(IGNORED, "no LoRA layer takes it, and no error says so")
@@ -226,6 +228,17 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
                 for module, rows_of in row.modules.items()
             ]
             row.stock.worsen(*_stock_verdict(layer, row.plan[rank], given, []))
+
+
+def _names_taken(manager: Any) -> set[str]:
+    """Return the module names that vLLM does not refuse, wherever in the model an adapter has them.
+
+    As ``_load_adapter`` in vllm/lora/worker_manager.py puts them together, 0.17.0 to 0.33.0.
+    """
+    names = set()
+    for name in manager.supported_lora_modules:
+        names.update(manager.packed_modules_mapping.get(name) or [name])
+    return names
 
 
 def _renamed_unknown(model: Any) -> bool:

@@ -20,7 +20,13 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_nway_lora import fusions, releases, settings
 from vllm_nway_lora.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
-from vllm_nway_lora.probe import HANDED_ROWS_ATTRIBUTE, parameter_loader, read_outputs, read_whole
+from vllm_nway_lora.probe import (
+    HANDED_ROWS_ATTRIBUTE,
+    parameter_loader,
+    read_outputs,
+    read_whole,
+    shards,
+)
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -64,7 +70,7 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
 def _plan_merged(
     layer: Any, packed_modules: Sequence[str], refusals: Mapping[str, str]
 ) -> FusionPlan | None:
-    sizes = layer.output_sizes
+    sizes = [rows for _, rows in shards(layer)]
     if len(sizes) < 3 and not packed_modules:
         return None  # not a LoRA target under any name: vLLM has no class for it either
     modules = list(packed_modules) or [_name(layer)]

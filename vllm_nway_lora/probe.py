@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
+from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from vllm_nway_lora.plan import Output, PlanError
 
@@ -24,15 +24,23 @@ from vllm_nway_lora.plan import Output, PlanError
 #: loader, where that is not all of them in order. See :mod:`vllm_nway_lora.k2_horizon`.
 HANDED_ROWS_ATTRIBUTE = "_nway_lora_handed_rows"
 
+#: On a base layer: per output, its shard id and the rows that a checkpoint has for it, where the
+#: layer does not say so itself. See :mod:`vllm_nway_lora.muse_spark`.
+SHARDS_ATTRIBUTE = "_nway_lora_shards"
+
 #: On a base layer: the weight loader that its model set on the weight, kept by :func:`remember`.
 _LOADER_ATTRIBUTE = "_nway_lora_weight_loader"
 
 
-def read_outputs(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[Output]:
+def read_outputs(layer: Any) -> list[Output]:
     """Return where ``layer``'s weight loader places each output's rows on this layer's rank.
 
     The loader is the class's ``weight_loader`` run on a column of its own, never on ``layer.weight``:
     quantised and CPU-packed layers have no such parameter any more once they are loaded.
+
+    Args:
+        layer: a ``MergedColumnParallelLinear``, a ``QKVParallelLinear``, or one that is marked with
+            its shards.
 
     Raises:
         PlanError: the ranks together do not hold every row of an output from its first to its last.
@@ -54,12 +62,15 @@ def read_outputs(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[
             f"output {shard}",
             functools.partial(load, shard),
         )
-        for output, (shard, size) in enumerate(_shards(layer))
+        for output, (shard, size) in enumerate(shards(layer))
     ]
 
 
-def _shards(layer: MergedColumnParallelLinear | QKVParallelLinear) -> list[tuple[int | str, int]]:
+def shards(layer: Any) -> list[tuple[int | str, int]]:
     """Return, per output, its shard id and the rows that a checkpoint has for it."""
+    noted: list[tuple[int | str, int]] | None = getattr(layer, SHARDS_ATTRIBUTE, None)
+    if noted is not None:
+        return noted
     if isinstance(layer, QKVParallelLinear):
         # Its `output_sizes` count a key or value head once per rank that has it.
         return [
