@@ -51,24 +51,28 @@ def families() -> str:
     """Return the table of model families, from the one that the tests hold."""
     from support.families import FAMILIES
 
-    rows = []
+    verdicts = []
+    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}  # families with the same lines
     for family in FAMILIES:
+        lines = []
         for fused in family.fused:
             modules = ", ".join(module.rpartition(".")[2] for module in fused.modules)
             name = fused.layer.rpartition(".")[2]
             seen = "itself" if modules == name else modules
-            label = f"{family.name} (to {family.until})" if family.until else family.name
             # What stock made of families that are gone is not measured any more.
             stock = ("",) * 4 if family.until else (_mark(verdict) for verdict in fused.stock)
             outputs = f"{len(fused.modules)} → {fused.n_outputs}"
-            rows.append((label, f"`{name}`", seen, outputs, *stock, fused.plugin))
+            lines.append((f"`{name}`", seen, outputs, *stock, fused.plugin))
+            verdicts.append(fused.plugin)
+        label = f"{family.name} (to {family.until})" if family.until else family.name
+        alike.setdefault(tuple(dict.fromkeys(lines)), []).append(label)
+    rows = [("; ".join(labels), *line) for lines, labels in alike.items() for line in lines]
     headings = ("family", "fused projection", "adapter's modules", "modules → outputs")
     modes = ("TP=1", "TP>1", "sharded, TP=1", "sharded, TP>1")
-    verdicts = [row[-1] for row in rows]
     counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("exact", "refused"))
-    assert len(rows) == verdicts.count("exact") + verdicts.count("refused")
+    assert set(verdicts) == {"exact", "refused"}
     return (
-        f"{len(FAMILIES)} families, {len(rows)} fused projections; with the plugin {counts}.\n\n"
+        f"{len(FAMILIES)} families, {len(verdicts)} fused projections; with the plugin {counts}.\n\n"
         f"{tables.table((*headings, *modes, 'plugin'), rows)}"
     )
 

@@ -6,13 +6,11 @@ holds every line of it. Sizes are small, and divide by a tensor-parallel size of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from support.families_attention import ATTENTION_FAMILIES
 from support.families_delta import DELTA_FAMILIES
 from support.families_mla import MLA_FAMILIES
 from support.families_other import OTHER_FAMILIES
+from support.families_qwen3_5 import QWEN3_5_FAMILIES
 from support.families_wrapped import WRAPPED_FAMILIES
 from support.family import (
     ALWAYS_EXACT,
@@ -59,76 +57,8 @@ def _convolution(layer: str, n_groups: int) -> Fused:
     )
 
 
-_QWEN3_5_IMAGES: Mapping[str, Any] = {
-    "model_type": "qwen3_5",
-    "architectures": ["Qwen3_5ForConditionalGeneration"],
-    "text_config": {**GDN, "model_type": "qwen3_5_text"},
-    "vision_config": {
-        "model_type": "qwen3_5",
-        "depth": 1,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_heads": 8,
-        "out_hidden_size": HIDDEN,
-        "patch_size": 2,
-        "num_position_embeddings": 16,
-    },
-}
-_IMAGES_LAYER = "language_model.model.layers.0.linear_attn"
-_IMAGES_MODULE = "model.language_model.layers.0.linear_attn"
-
 FAMILIES = (
-    Family(
-        "Qwen3.5, multimodal, fused for LoRA",
-        _QWEN3_5_IMAGES,
-        (
-            Fused(
-                f"{_IMAGES_LAYER}.in_proj_qkvz",
-                {f"{_IMAGES_MODULE}.in_proj_qkv": 512, f"{_IMAGES_MODULE}.in_proj_z": 256},
-                (REFUSED,) * 4,
-                outputs=4,
-            ),
-            Fused(
-                f"{_IMAGES_LAYER}.in_proj_ba",
-                {f"{_IMAGES_MODULE}.in_proj_b": 16, f"{_IMAGES_MODULE}.in_proj_a": 16},
-                ALWAYS_EXACT,
-            ),
-        ),
-        until="0.18.1",
-    ),
-    Family(
-        "Qwen3.5, multimodal, unfused for LoRA",
-        _QWEN3_5_IMAGES,
-        (
-            Fused(
-                f"{_IMAGES_LAYER}.in_proj_qkv",
-                {f"{_IMAGES_MODULE}.in_proj_qkv": 512},
-                UNWRAPPED,
-                outputs=3,
-            ),
-            Fused(f"{_IMAGES_LAYER}.in_proj_z", {f"{_IMAGES_MODULE}.in_proj_z": 256}, ALWAYS_EXACT),
-        ),
-        since="0.19.0",
-        until="0.20.2",
-    ),
-    Family(
-        "Qwen3.5, Qwen3.6 and all with its gated delta net",
-        {**GDN, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
-        (
-            Fused(
-                f"{GDN_LAYER}.in_proj_qkvz",
-                {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
-                (REFUSED,) * 4,
-                outputs=4,
-            ),
-            Fused(
-                f"{GDN_LAYER}.in_proj_ba",
-                {f"{GDN_LAYER}.in_proj_b": 16, f"{GDN_LAYER}.in_proj_a": 16},
-                ALWAYS_EXACT,
-            ),
-        ),
-        since="0.28.0",
-    ),
+    *QWEN3_5_FAMILIES,
     Family(
         "Qwen3-Next",
         {

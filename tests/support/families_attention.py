@@ -198,7 +198,7 @@ ATTENTION_FAMILIES = (
             "torch.cuda.Event",
             ("vllm.platforms.cpu.CpuPlatform.get_device_capability", DeviceCapability(9, 0)),
         ),
-        model_class=f"{_DEEPSEEK4}:DeepseekV4ForCausalLM",
+        classes={"DeepseekV4ForCausalLM": f"{_DEEPSEEK4}:DeepseekV4ForCausalLM"},
         since="0.33.0",
     ),
     Family(
@@ -345,7 +345,7 @@ ATTENTION_FAMILIES = (
             "torch.cuda.Event",
             ("vllm.platforms.cpu.CpuPlatform.get_device_capability", DeviceCapability(9, 0)),
         ),
-        model_class=f"{_DEEPSEEK41}:DeepseekV41LLMForCausalLM",
+        classes={"DeepseekV41LLMForCausalLM": f"{_DEEPSEEK41}:DeepseekV41LLMForCausalLM"},
         since="0.33.0",
     ),
 )

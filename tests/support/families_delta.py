@@ -15,19 +15,10 @@ from support.family import (
     REFUSED,
     Family,
     Fused,
-    NoExperts,
 )
 
 _ALICE = "vllm.model_executor.models.alice_ai"
 _QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
-_VISION = {
-    "model_type": "qwen3_5",
-    "depth": 1,
-    "hidden_size": 64,
-    "num_heads": 8,
-    "intermediate_size": 64,
-    "out_hidden_size": HIDDEN,
-}
 _GLM = "model.language_model.layers"
 
 DELTA_FAMILIES = (
@@ -200,77 +191,6 @@ DELTA_FAMILIES = (
         for how, lowrank, outputs, stock in (
             ("padded", 16, 3, (EXACT, EXACT)),
             ("without padding", 12, 2, (REFUSED, REFUSED)),
-        )
-    ),
-    *(
-        Family(
-            name,
-            {
-                "architectures": [architecture],
-                "text_config": {**GDN, "model_type": "qwen3_5_text"},
-                **config,
-            },
-            (
-                Fused(
-                    "language_model.model.layers.0.linear_attn.in_proj_qkvz",
-                    {
-                        "model.language_model.layers.0.linear_attn.in_proj_qkv": 512,
-                        "model.language_model.layers.0.linear_attn.in_proj_z": 256,
-                    },
-                    (REFUSED,) * 4,
-                    outputs=4,
-                ),
-                Fused(
-                    "language_model.model.layers.0.linear_attn.in_proj_ba",
-                    {
-                        "model.language_model.layers.0.linear_attn.in_proj_b": 16,
-                        "model.language_model.layers.0.linear_attn.in_proj_a": 16,
-                    },
-                    ALWAYS_EXACT,
-                ),
-            ),
-            stubs=(
-                "vllm.model_executor.models.qwen3_5.Qwen3_5_MoeMixtureOfExperts.set_moe_parameters",
-                "vllm.model_executor.models.qwen3_next.QwenNextMixtureOfExperts.set_moe_parameters",
-            ),
-            replaced={"vllm.model_executor.models.qwen3_5.Qwen3NextSparseMoeBlock": NoExperts},
-            since=since,
-        )
-        for name, architecture, since, config in (
-            (
-                "Qwen3.5, multimodal",
-                "Qwen3_5ForConditionalGeneration",
-                "0.21.0",
-                {
-                    "model_type": "qwen3_5",
-                    "vision_config": _VISION,
-                },
-            ),
-            (
-                "Intern-S2 Preview",
-                "InternS2PreviewForConditionalGeneration",
-                "0.32.0",
-                {
-                    "model_type": "qwen3_5_moe",
-                    "text_config": {**GDN, "model_type": "qwen3_5_moe_text", "num_experts": 8},
-                    "vision_config": _VISION,
-                },
-            ),
-            (
-                "MiniCPM-V 4.6",
-                "MiniCPMV4_6ForConditionalGeneration",
-                "0.33.0",
-                {
-                    "model_type": "minicpmv4_6",
-                    "vision_config": {
-                        "model_type": "minicpmv4_6_vision",
-                        "num_hidden_layers": 1,
-                        "hidden_size": 64,
-                        "num_attention_heads": 8,
-                        "intermediate_size": 64,
-                    },
-                },
-            ),
         )
     ),
 )

@@ -6,6 +6,7 @@ attention wrapper's, not those of its parent, where the same layers can be found
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,9 @@ MLA_FAMILIES = (
             f"{_DEEPSEEK_V32}.MLAAttention.process_weights_after_loading",
         ),
         replaced={f"{_DEEPSEEK_V32}.MLAAttention.__init__": _build_no_attention},
-        model_class="vllm.models.deepseek_v32.nvidia.model:DeepseekV32ForCausalLM",
+        classes={
+            "DeepseekV32ForCausalLM": "vllm.models.deepseek_v32.nvidia.model:DeepseekV32ForCausalLM"
+        },
         since="0.33.0",
     ),
     Family(
@@ -178,5 +181,17 @@ MLA_FAMILIES = (
         },
         tuple(down_projection(f"{_ATTENTION}.{n}", (REFUSED,) * 4) for n in (0, 1)),
         stubs=(*MLA_STUBS, f"{VLLM}.models.longcat_flash.LongcatMoe"),
+    ),
+)
+
+# Its embeddings of n-grams, left out here, need the runner that has them, and that one a GPU.
+[_LONGCAT] = [family for family in MLA_FAMILIES if family.name == "LongCat-Flash"]
+MLA_FAMILIES += (
+    dataclasses.replace(
+        _LONGCAT,
+        name="LongCat-Flash, n-gram embeddings",
+        config={**_LONGCAT.config, "architectures": ["LongcatFlashNgramForCausalLM"]},
+        stubs=(*_LONGCAT.stubs, ("vllm.config.vllm.VllmConfig.use_v2_model_runner", True)),
+        since="0.33.0",
     ),
 )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from support.families_attention import ATTENTION_FAMILIES
+from support.families_delta import DELTA_FAMILIES
 from support.families_mla import MLA, MLA_STUBS, down_projection
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
     HIDDEN,
+    IGNORED,
     LAYER,
     NEMOTRON_H,
     REFUSED,
@@ -49,6 +54,40 @@ class NoTower(nn.Module):
 
 AutoConfig.register("published", Published)
 
+
+def _around(
+    text: Family,
+    name: str,
+    config: Mapping[str, Any],
+    rename: tuple[str, str] = ("", ""),
+    layer: str = "language_model.",
+    stubs: Sequence[str | tuple[str, Any]] = (),
+    **changes: Any,
+) -> Family:
+    """Return a family that has the fused projections of ``text`` below ``layer``.
+
+    ``rename`` says what its checkpoints have in place of a part of the modules' names.
+    """
+    fused = tuple(
+        dataclasses.replace(
+            f,
+            layer=f"{layer}{f.layer}",
+            modules={m.replace(*rename, 1): rows for m, rows in f.modules.items()},
+        )
+        for f in text.fused
+    )
+    return dataclasses.replace(
+        text, name=name, config=config, fused=fused, stubs=(*text.stubs, *stubs), **changes
+    )
+
+
+_TEXT = {family.name: family for family in (*ATTENTION_FAMILIES, *DELTA_FAMILIES)}
+_QWEN4 = _TEXT["Qwen4-Exp, hyper-connections padded"]
+_STEP5 = _TEXT["Step5, 8 KV heads"]
+_INKLING = _TEXT["Inkling"]
+_DEEPSEEK4 = _TEXT["DeepSeek-V4"]
+
+_MUSE = "vllm.models.muse_spark"
 _NANO_VL = f"{VLLM}.models.nano_nemotron_vl"
 _HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
 
@@ -169,5 +208,141 @@ WRAPPED_FAMILIES = (
             ),
         },
         since="0.31.0",  # before, it took no LoRA,
+    ),
+    _around(
+        _QWEN4,
+        "Qwen4-Exp, multimodal",
+        {
+            "model_type": "qwen4_exp",
+            "architectures": ["Qwen4ExpForConditionalGeneration"],
+            "text_config": _QWEN4.config,
+            "vision_config": {
+                "model_type": "qwen4_exp",
+                "depth": 1,
+                "hidden_size": 64,
+                "num_heads": 8,
+                "intermediate_size": 64,
+                "out_hidden_size": HIDDEN,
+                "deepstack_visual_indexes": [],
+            },
+        },
+        ("model.", "model.language_model."),
+        stubs=(
+            "vllm.models.qwen4_exp.nvidia.model.Qwen4ExpForConditionalGeneration.set_moe_parameters",
+            "vllm.models.qwen4_exp.nvidia.model.cached_tokenizer_from_config",
+        ),
+    ),
+    _around(
+        _STEP5,
+        "Step5, multimodal",
+        {
+            "model_type": "step5_vl",
+            "architectures": ["Step5ForConditionalGeneration"],
+            "text_config": _STEP5.config,
+            "vision_config": {
+                "width": 64,
+                "layers": 1,
+                "heads": 8,
+                "mlp_ratio": 1.0,
+                "hidden_act": "gelu",
+            },
+        },
+        ("model.", "model.language_model."),
+    ),
+    _around(
+        _INKLING,
+        "Inkling, multimodal",
+        {
+            "model_type": "inkling_mm_model",
+            "architectures": ["InklingForConditionalGeneration"],
+            "text_config": _INKLING.config,
+        },
+        layer="",
+    ),
+    _around(
+        _DEEPSEEK4,
+        "DeepSeek-V4, multimodal",
+        {
+            **_DEEPSEEK4.config,
+            "architectures": ["DeepseekV4ForConditionalGeneration"],
+            "vision_n_layers": 0,
+        },
+        classes={
+            **_DEEPSEEK4.classes,
+            "DeepseekV4ForConditionalGeneration": (
+                "vllm.models.deepseek_v4.common.vl_model:DeepseekV4ForConditionalGeneration"
+            ),
+        },
+    ),
+    Family(
+        "Muse Spark",
+        {
+            "model_type": "muse_spark",
+            "architectures": ["MuseSparkForConditionalGeneration"],
+            "projector_hidden_size": 64,
+            "out_hidden_size": 64,
+            "text_config": {
+                **COMMON,
+                "model_type": "muse_spark_text",
+                "num_hidden_layers": 1,
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "num_shared_experts": 0,
+                "layer_types": ["full_attention"],
+                "mlp_layer_types": ["dense"],
+                "layer_rope_theta": [1e4],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                "sliding_window": 16,
+                "qk_scale_factor": 1.0,
+                "post_norm_eps": 1e-6,
+                "residual_gate_temperature": 0.3,
+                "output_multiplier": 1.0,
+                "final_logit_softcapping": None,
+            },
+            "vision_config": {
+                "model_type": "muse_spark_vision",
+                "hidden_act": "gelu",
+                "rope_parameters": {"rope_type": "axial"},
+                "num_hidden_layers": 1,
+                "layer_types": ["full_attention"],
+                "hidden_size": 64,
+                "merge_size": 1,
+                "patch_size": 2,
+                "patch_temporal": 1,
+            },
+            "audio_config": {
+                "model_type": "muse_spark_audio",
+                "hidden_act": "gelu",
+                "patch_sizes": [2],
+                "depths": [1],
+                "hidden_sizes": [64],
+                "num_hidden_layers": 1,
+                "out_hidden_size": 64,
+                "conv_kernel_size": 3,
+                "mlp_ratio": 1,
+                "rms_norm_eps": 1e-6,
+            },
+        },
+        (
+            Fused(
+                f"{LAYER}.self_attn.qkv_proj",
+                {
+                    f"model.language_model.layers.0.self_attn.{part}_proj": 128
+                    for part in ("q", "k", "v", "gate")
+                },
+                # Refused but for an adapter on gate_proj alone, a name that its MLPs have too.
+                (IGNORED,) * 4,
+            ),
+        ),
+        replaced={
+            f"{_MUSE}.common.omni.{tower}": lambda *_, **__: NoTower()
+            for tower in ("NaViT", "AutoEncoder")
+        },
+        classes={
+            "MuseSparkForConditionalGeneration": (
+                f"{_MUSE}.nvidia.multimodal:MuseSparkForConditionalGeneration"
+            ),
+        },
+        since="0.33.0",
     ),
 )

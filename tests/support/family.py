@@ -56,7 +56,8 @@ class Family:
             layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
         replaced: objects, by their paths, and what stands in for each while the model is built.
         modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
-        model_class: the class to build, as ``module:class``, where vLLM has another one for CPUs.
+        classes: architecture -> the class to build, as ``module:class``, where vLLM has another one
+            for CPUs.
         since: the first release that has it, as vLLM has it now.
         until: the last release that has it; None if 0.33.0 does.
         sizes: tensor-parallel sizes that the model can be built for.
@@ -69,7 +70,7 @@ class Family:
     stubs: tuple[str | tuple[str, Any], ...] = ()
     replaced: Mapping[str, Any] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
-    model_class: str = ""
+    classes: Mapping[str, str] = field(default_factory=dict)
     since: str = "0.17.0"
     until: str | None = None
     sizes: tuple[int, ...] = (1, 2, 4, 8)
