@@ -235,7 +235,7 @@ def _names_taken(manager: Any) -> set[str]:
 
     As ``_load_adapter`` in vllm/lora/worker_manager.py puts them together, 0.17.0 to 0.33.0.
     """
-    names = set()
+    names: set[str] = set()
     for name in manager.supported_lora_modules:
         names.update(manager.packed_modules_mapping.get(name) or [name])
     return names
