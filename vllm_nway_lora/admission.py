@@ -110,7 +110,8 @@ def read_tensors(wrapped: Any, _model_class: Any, args: Any, kwargs: Any) -> Any
     """Refuse tensors that vLLM would convert or drop; wraps ``LoRAModel.from_lora_tensors``.
 
     Raises:
-        AdapterError: tensors that are no floating-point numbers, or two for the same place.
+        AdapterError: tensors that are no floating-point numbers, biases of LoRA (vLLM 0.31.0 takes
+            them for its matrices, vllm/lora/utils.py), or two tensors for the same place.
     """
     adapter = wrapped(*args, **kwargs)
     tensors = kwargs["tensors"] if "tensors" in kwargs else args[1]
@@ -124,6 +125,11 @@ def read_tensors(wrapped: Any, _model_class: Any, args: Any, kwargs: Any) -> Any
             place = parse_fine_tuned_lora_name(name, mapper)
         except ValueError:
             continue  # what `from_lora_tensors` skips by name; anything else it refused above
+        if name.endswith((".lora_A.bias", ".lora_B.bias")):
+            raise AdapterError(
+                f"tensor {name} is a bias, which LoRA in vLLM does not have. Train the adapter without "
+                "lora_bias"
+            )
         if place[0] not in saved_whole and places.setdefault(place, name) != name:
             raise AdapterError(
                 f"tensors {places[place]} and {name} are both LoRA-{'A' if place[1] else 'B'} of "

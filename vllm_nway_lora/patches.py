@@ -188,6 +188,7 @@ GROUPS = (
             "copied-lora-a",
             "served-in-part",
             "patterns-ignored",
+            "bias-for-matrix",
         ),
         (
             Need(_COLUMN_PARALLEL, "_mcp_apply", ("x", "bias", "layer")),

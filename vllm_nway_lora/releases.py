@@ -184,6 +184,13 @@ DEFECTS = (
         "0.32.0 did.",
     ),
     Defect(
+        "bias-for-matrix",
+        "An adapter with a bias of its own (`lora_B.bias`) is served with the bias in place of LoRA-B.",
+        (Seen("0.31.0", "0.31.0"),),
+        (),
+        "0.32.0 did.",
+    ),
+    Defect(
         "stale-replies",
         "With tensor parallelism, the load after a refused one fails with the refused one's error.",
         (Seen("0.17.0", None),),
