@@ -71,7 +71,7 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] =
     "3-D": ({Q + A: ones(1, 4, 32)}, {}, "expected two-dimensional tensors"),
     "NaN": ({Q + A: ones(4, 32) * float("nan")}, {}, "LoRA-A times its scaling 1.0 has NaN or infinity"),
     "infinity": ({Z + B: ones(32, 4) * float("inf")}, {}, "LoRA-B times its scaling 2.0 has NaN or inf"),
-    "bias": ({f"{Q}.lora_B.bias": ones(32)}, {}, f"{Q}.lora_B.bias"),
+    "bias": ({f"{Q}.lora_B.bias": ones(32)}, {}, "self_attn.q_proj.lora_B.bias"),
     "integers": ({Q + A: torch.ones(4, 32, dtype=torch.int8)}, {}, f"tensor {Q}{A} is torch.int8"),
     "one place twice": ({Q.removeprefix(PREFIX) + A: ones(4, 32)}, {}, "are both LoRA-A of module model.layers.0.self_attn.q_proj"),
     "no such layer": (pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32), {}, "module model.layers.7.self_attn.q_proj: this model has no such layer"),
