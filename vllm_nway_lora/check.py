@@ -208,7 +208,7 @@ def _try_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
         packed, modules = list(manager.packed_modules_mapping.get(own) or [own]), list(row.modules)
         if packed != modules and (layer is not None or not set(packed) >= set(modules)):
             row.stock.worsen(REFUSED, "its class does not list these modules as parts of it")
-            for module in _names_taken(manager) & set(modules):
+            for module in (_names_taken(manager) & set(modules)) - set(packed):
                 row.stock.worsen(IGNORED, f"{module} is a name that other layers have, too")
             continue
         if layer is None or _renamed_unknown(manager.model):
