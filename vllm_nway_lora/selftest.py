@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import itertools
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -45,20 +46,17 @@ def run() -> dict[str, str]:
     """Return, per layer and mode, ``exact`` or what went wrong."""
     initialize()
     found = {}
-    for fusion in FUSIONS:
-        for size in (1, 2):
-            for sharded in (False, True):
-                label = f"{fusion.name}, TP={size}{', fully sharded' * sharded}"
-                try:
-                    with _unpinned():
-                        found[label] = "exact" if _is_exact(fusion, size, sharded) else "WRONG"
-                except Exception as error:
-                    found[label] = f"{type(error).__name__}: {error}"
+    with _unpinned():
+        for fusion, size, sharded in itertools.product(FUSIONS, (1, 2), (False, True)):
+            label = f"{fusion.name}, TP={size}{', fully sharded' * sharded}"
+            try:
+                found[label] = "exact" if _is_exact(fusion, size, sharded) else "WRONG"
+            except Exception as error:
+                found[label] = f"{type(error).__name__}: {error}"
     return found
 
 
-@contextmanager
-def _unpinned() -> Iterator[None]:
+def _unpinned() -> AbstractContextManager[Any]:
     """Keep LoRA's token mapping out of pinned memory, which a machine without a GPU does not have.
 
     vLLM 0.22.0 to 0.23.0 pins it unasked (``async_tensor_h2d`` in vllm/utils/torch_utils.py, called
@@ -66,10 +64,8 @@ def _unpinned() -> Iterator[None]:
     """
     copy = getattr(torch_utils, "async_tensor_h2d", None)
     if copy is None or "pin_memory" not in inspect.signature(copy).parameters:
-        yield
-        return
-    with mock.patch.object(copy, "__defaults__", (False,)):
-        yield
+        return nullcontext()
+    return mock.patch.object(copy, "__defaults__", (False,))
 
 
 def _is_exact(fusion: Fusion, size: int, sharded: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from support.families_qwen3_5 import delta_net
 from support.family import (
     ALWAYS_EXACT,
     COMMON,
@@ -157,12 +158,7 @@ DELTA_FAMILIES = (
                 "split_ngram_parts": 1,
             },
             (
-                Fused(
-                    f"{GDN_LAYER}.in_proj_qkvz",
-                    {f"{GDN_LAYER}.in_proj_qkv": 512, f"{GDN_LAYER}.in_proj_z": 256},
-                    (REFUSED,) * 4,
-                    outputs=4,
-                ),
+                delta_net(GDN_LAYER, GDN_LAYER)[0],
                 Fused(
                     f"{LAYER}.attn_hyper_connection.input_mix_weight_down_block_inject",
                     {

@@ -67,6 +67,24 @@ _INDEXER = {"index_topk": 8, "index_n_heads": 8, "index_head_dim": 32}
 #: The attention itself, which LoRA does not see; its CPU kernel has no sparse variant.
 MLA_STUBS = (f"{VLLM}.layers.mla.MLAAttention",)
 
+_LONGCAT = Family(
+    "LongCat-Flash",
+    {
+        **MLA,
+        "model_type": "longcat_flash",
+        "architectures": ["LongcatFlashForCausalLM"],
+        "num_hidden_layers": 2,  # each of its layers counts as two
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "moe_topk": 2,
+        "mla_scale_q_lora": False,
+        "mla_scale_kv_lora": False,
+        "zero_expert_num": 0,
+    },
+    tuple(down_projection(f"{_ATTENTION}.{n}", (REFUSED,) * 4) for n in (0, 1)),
+    stubs=(*MLA_STUBS, f"{VLLM}.models.longcat_flash.LongcatMoe"),
+)
+
 MLA_FAMILIES = (
     Family(
         "DeepSeek-V3, Kimi-K2, Mistral Large 3",
@@ -165,28 +183,8 @@ MLA_FAMILIES = (
         ),
         since="0.32.0",
     ),
-    Family(
-        "LongCat-Flash",
-        {
-            **MLA,
-            "model_type": "longcat_flash",
-            "architectures": ["LongcatFlashForCausalLM"],
-            "num_hidden_layers": 2,  # each of its layers counts as two
-            "ffn_hidden_size": 64,
-            "expert_ffn_hidden_size": 32,
-            "moe_topk": 2,
-            "mla_scale_q_lora": False,
-            "mla_scale_kv_lora": False,
-            "zero_expert_num": 0,
-        },
-        tuple(down_projection(f"{_ATTENTION}.{n}", (REFUSED,) * 4) for n in (0, 1)),
-        stubs=(*MLA_STUBS, f"{VLLM}.models.longcat_flash.LongcatMoe"),
-    ),
-)
-
-# Its embeddings of n-grams, left out here, need the runner that has them, and that one a GPU.
-[_LONGCAT] = [family for family in MLA_FAMILIES if family.name == "LongCat-Flash"]
-MLA_FAMILIES += (
+    _LONGCAT,
+    # Its embeddings of n-grams, left out here, need the runner that has them, and that one a GPU.
     dataclasses.replace(
         _LONGCAT,
         name="LongCat-Flash, n-gram embeddings",

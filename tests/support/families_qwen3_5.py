@@ -37,7 +37,7 @@ _MODELS = "vllm.model_executor.models"
 _MOBIUS = f"{_MODELS}.interns2_mobius"
 
 
-def _delta_net(layer: str, module: str) -> tuple[Fused, Fused]:
+def delta_net(layer: str, module: str) -> tuple[Fused, Fused]:
     """Both fused projections of layer 0, by the model's path to it and by the checkpoint's."""
     return (
         Fused(
@@ -77,13 +77,13 @@ QWEN3_5_FAMILIES = (
     Family(
         "Qwen3.5, Qwen3.6 and all with its gated delta net",
         {**GDN, "model_type": "qwen3_5_text", "architectures": ["Qwen3_5ForCausalLM"]},
-        _delta_net(GDN_LAYER, GDN_LAYER),
+        delta_net(GDN_LAYER, GDN_LAYER),
         since="0.28.0",
     ),
     Family(
         "Qwen3.5, multimodal, fused for LoRA",
         _OLD,
-        _delta_net(_LAYER, _MODULE),
+        delta_net(_LAYER, _MODULE),
         until="0.18.1",
     ),
     Family(
@@ -100,7 +100,7 @@ QWEN3_5_FAMILIES = (
         Family(
             name,
             {"architectures": [architecture], **config},
-            _delta_net(_LAYER, module),
+            delta_net(_LAYER, module),
             stubs=(
                 f"{_MODELS}.qwen3_5.Qwen3_5_MoeMixtureOfExperts.set_moe_parameters",
                 f"{_MODELS}.qwen3_next.QwenNextMixtureOfExperts.set_moe_parameters",
@@ -172,7 +172,7 @@ QWEN3_5_FAMILIES = (
     Family(
         "Intern-S2-Mobius",
         {"architectures": ["InternS2MobiusForConditionalGeneration"], **_EXPERTS},
-        _delta_net(_LAYER, _MODULE),
+        delta_net(_LAYER, _MODULE),
         stubs=(
             f"{_MOBIUS}.InternS2MobiusForConditionalGeneration.set_moe_parameters",
             f"{_MOBIUS}.cached_tokenizer_from_config",

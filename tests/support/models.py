@@ -171,16 +171,12 @@ def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torc
 
 def _register_class(architecture: str) -> None:
     """Import a model class here: vLLM would look at it first in a process that imports all again."""
-    from vllm.model_executor.models import ModelRegistry
-
-    registered = ModelRegistry.models[architecture]
-    if hasattr(registered, "module_name"):
-        model_class = import_class(architecture)
-        # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
-        layer_types = getattr(sys.modules[model_class.__module__], "ALL_DECODER_LAYER_TYPES", {})
-        if "mamba" in layer_types:
-            layer_types.setdefault("linear_attention", layer_types["mamba"])
-            layer_types.setdefault("full_attention", layer_types["attention"])
+    model_class = import_class(architecture)
+    # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
+    layer_types = getattr(sys.modules[model_class.__module__], "ALL_DECODER_LAYER_TYPES", {})
+    if "mamba" in layer_types:
+        layer_types.setdefault("linear_attention", layer_types["mamba"])
+        layer_types.setdefault("full_attention", layer_types["attention"])
 
 
 def _convolutions_left_alone() -> AbstractContextManager[Any]:
