@@ -131,9 +131,10 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
                 a = a[self.tp_rank * len(a_slot) : (self.tp_rank + 1) * len(a_slot)]
             a_slot[: len(a)].copy_(a, non_blocking=True)
             b_slot[:, : b.shape[1]].copy_(b, non_blocking=True)
-            # What an adapter of a higher rank has left there.
-            a_slot[len(a) :].zero_()
-            b_slot[:, b.shape[1] :].zero_()
+            if len(a) < len(a_slot):  # what an adapter of a higher rank has left there
+                a_slot[len(a) :].zero_()
+            if b.shape[1] < b_slot.shape[1]:
+                b_slot[:, b.shape[1] :].zero_()
             left.remove(number)
         for number in left:
             self.lora_a_stacked[number][index].zero_()
@@ -164,30 +165,31 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         Raises:
             LoRATensorError: a tensor does not fit.
         """
-        where = f"LoRA on {self.base_layer.prefix} (vLLM {vllm.__version__})"
+        try:
+            return self._fit(lora_a, lora_b)
+        except PlanError as error:
+            where = f"LoRA on {self.base_layer.prefix} (vLLM {vllm.__version__})"
+            raise LoRATensorError(f"{where}: {error}") from None
+
+    def _fit(
+        self, lora_a: Sequence[torch.Tensor | None], lora_b: Sequence[torch.Tensor | None]
+    ) -> list[tuple[int, int, slice]]:
         if len(lora_a) != len(lora_b):
-            raise LoRATensorError(
-                f"{where}: {len(lora_a)} LoRA-A tensors but {len(lora_b)} LoRA-B tensors"
-            )
+            raise PlanError(f"{len(lora_a)} LoRA-A tensors but {len(lora_b)} LoRA-B tensors")
         # A number alone (0-D) has no rows.
         rows = [None if b is None else b.shape[0] if b.ndim else 0 for b in lora_b]
-        try:
-            writes = list(self.plan.assign(rows))
-        except PlanError as error:
-            raise LoRATensorError(f"{where}: {error}") from None
+        writes = list(self.plan.assign(rows))
         max_rank = self.lora_config.max_lora_rank
         for module, a, b in zip(self.plan.modules, lora_a, lora_b, strict=True):
             if a is None and b is None:
                 continue
             if a is None or b is None:
                 given, missing = ("B", "A") if a is None else ("A", "B")
-                raise LoRATensorError(
-                    f"{where}: module {module} has LoRA-{given} but no LoRA-{missing}"
-                )
+                raise PlanError(f"module {module} has LoRA-{given} but no LoRA-{missing}")
             rank = a.shape[0] if a.ndim else 0
             if a.shape != (rank, self.input_size) or b.shape[1:] != (rank,) or rank > max_rank:
-                raise LoRATensorError(
-                    f"{where}: module {module}: expected LoRA-A of shape (r, {self.input_size}) and "
+                raise PlanError(
+                    f"module {module}: expected LoRA-A of shape (r, {self.input_size}) and "
                     f"LoRA-B of shape (rows, r) with r at most {max_rank} (--max-lora-rank), found "
                     f"{tuple(a.shape)} and {tuple(b.shape)}"
                 )

@@ -62,7 +62,7 @@ class Slice:
             return slice(start, stop)
         return self.local
 
-    @property
+    @cached_property
     def run(self) -> slice:
         """The module's run, as columns of the slice."""
         return slice(self.offset, self.offset + len(self.local))
