@@ -41,6 +41,13 @@ UNUSABLE: Mapping[str, frozenset[str]] = {
     "conv1d": frozenset({"q_conv1d", "k_conv1d", "v_conv1d"}),
 }
 
+#: Entries of ``packed_modules_mapping`` that name other modules than a checkpoint has: fused
+#: projection -> what is said, and what is so.
+MISNAMED: Mapping[str, tuple[list[str], list[str]]] = {
+    # model_executor/models/bamba.py to 0.23.0: its load_weights has gate and up.
+    "gate_up_proj": (["up_proj", "down_proj"], ["gate_proj", "up_proj"]),
+}
+
 #: Model class -> parts of module names that it renames only while it loads weights, so that the
 #: names in adapters match no module.
 RENAMES: Mapping[str, Mapping[str, str]] = {

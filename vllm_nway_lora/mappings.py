@@ -36,13 +36,17 @@ def complete(model: nn.Module, mapping: Mapping[str, list[str]]) -> dict[str, li
     """Return ``mapping`` with the entries that ``model``'s layers need and it lacks.
 
     An entry that a submodule has, but that an outer class's own mapping hides, comes first; then
-    the table of known omissions. Entries that are there stay, but for those that no layer can use.
+    the table of known omissions. Entries that are there stay, but for those that no layer can use
+    or that name other modules than the layer has.
     """
     completed = {
         fused: modules
         for fused, modules in mapping.items()
         if fusions.UNUSABLE.get(fused) != frozenset(modules)
     }
+    for fused, (said, so) in fusions.MISNAMED.items():
+        if completed.get(fused) == said:
+            completed[fused] = list(so)
     merged: dict[str, int] = {}  # by name, as vLLM looks entries up
     for name, layer in model.named_modules():
         if isinstance(layer, MergedColumnParallelLinear):

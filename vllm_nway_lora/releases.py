@@ -167,6 +167,14 @@ DEFECTS = (
         "LoRA that follows the loader of that projection. Not reported upstream as far as we know.",
     ),
     Defect(
+        "misnamed-modules",
+        "Bamba's `gate_up_proj` is said to pack `up_proj` and `down_proj`: an adapter on `gate_proj` "
+        "does not load, one on the others gives wrong output. Nothing is said.",
+        (Seen("0.17.0", "0.23.0", ("expected target modules in",)),),
+        (),
+        "Bamba's removal (0.24.0).",
+    ),
+    Defect(
         "served-in-part",
         "An adapter of which some tensors match no layer, or do not fit, is served without them.",
         (Seen("0.17.0", None),),

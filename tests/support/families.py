@@ -173,7 +173,14 @@ FAMILIES = (
             "mamba_d_conv": 4,
             "mamba_chunk_size": 16,
         },
-        (_mamba2(f"{LAYER}.mamba.in_proj", f"{LAYER}.mamba.in_proj", 1),),
+        (
+            _mamba2(f"{LAYER}.mamba.in_proj", f"{LAYER}.mamba.in_proj", 1),
+            Fused(
+                f"{LAYER}.feed_forward.gate_up_proj",
+                {f"{LAYER}.feed_forward.gate_proj": 64, f"{LAYER}.feed_forward.up_proj": 64},
+                (WRONG,) * 4,
+            ),
+        ),
         until="0.23.0",
     ),
     Family(
