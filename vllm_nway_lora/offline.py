@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import vllm.platforms
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
 from vllm.lora.request import LoRARequest
@@ -109,6 +109,7 @@ def configure(
     *,
     fully_sharded: bool = False,
     max_lora_rank: int = 8,
+    max_loras: int = 1,
     model_impl: str = "auto",
 ) -> Rank:
     """Return a rank without its model.
@@ -119,6 +120,7 @@ def configure(
         size: of the tensor-parallel group.
         fully_sharded: ``--fully-sharded-loras``.
         max_lora_rank: ``--max-lora-rank``.
+        max_loras: ``--max-loras``.
         model_impl: ``--model-impl``.
     """
     initialize()
@@ -139,10 +141,12 @@ def configure(
         ),
         lora_config=LoRAConfig(
             max_lora_rank=max_lora_rank,
-            max_loras=1,
+            max_loras=max_loras,
             fully_sharded_loras=fully_sharded,
             lora_dtype=torch.float32,
         ),
+        # As the command line has it for hybrid models; 0.24.0 takes the other default for a mistake.
+        cache_config=CacheConfig(enable_prefix_caching=False),
     )
     # The group has the size already; the configuration would ask for as many devices.
     vllm_config.parallel_config.tensor_parallel_size = size

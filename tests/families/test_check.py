@@ -10,7 +10,7 @@ import torch
 import vllm
 from packaging.version import Version
 from support.families import FAMILIES, Family
-from support.models import save_config
+from support.models import import_classes, save_config
 from support.verdicts import WORST_FIRST, runs_here, save_adapter, stubbed
 
 from vllm_nway_lora import check
@@ -22,6 +22,7 @@ STOCK_SINCE = Version("0.29.0")  # what the table says of stock vLLM
 @pytest.fixture(params=HERE, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest, tmp_path: Path) -> Family:
     with stubbed(request.param):
+        import_classes(request.param.config)
         save_config(tmp_path, request.param.config)
         yield request.param
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import vllm
+from packaging.version import Version
 from support import work
 from support.families import FAMILIES
 from support.family import Family, Fused
@@ -17,6 +19,7 @@ from vllm_nway_lora.layer import NWayLinearWithLoRA
 
 HERE = [family for family in FAMILIES if runs_here(family)]
 SIZE = 2
+STOCK_STARTS = Version("0.20.0")  # fully sharded, with layers that it has no class for
 
 
 @pytest.fixture(params=HERE, ids=lambda family: family.name)
@@ -71,7 +74,12 @@ def test_memory_and_gathered_bytes_are_m_of_stocks_n(family: Family) -> None:
     for plugin in (True, False):
         (vllm_nway_lora.register if plugin else vllm_nway_lora.unregister)()
         with stubbed(family):
-            rank = build(family, SIZE, fully_sharded=True)
+            try:
+                rank = build(family, SIZE, fully_sharded=True)
+            except AssertionError:
+                if plugin or Version(vllm.__version__) >= STOCK_STARTS:
+                    raise
+                break  # nothing to compare with
             for fused in family.fused:
                 layer = rank.model.get_submodule(fused.layer)
                 if plugin and type(layer) is NWayLinearWithLoRA and layer.shards_lora_a:

@@ -148,6 +148,7 @@ MLA_FAMILIES = (
             "model_type": "deepseek_v3",
             "architectures": ["AXK1ForCausalLM"],
             "num_nextn_predict_layers": 0,
+            "moe_layer_freq": 1,
         },
         (down_projection(),),
         stubs=MLA_STUBS,

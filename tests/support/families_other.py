@@ -102,6 +102,7 @@ OTHER_FAMILIES = (
             "mamba_chunk_size": 16,
             "mamba_step": 2,
             "mamba_enabled": True,
+            "layers_block_type": ["mamba", "attention"],
         },
         (
             Fused(

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from vllm_nway_lora.offline import StandInGroup, import_class
+from vllm_nway_lora import offline
 
 MAX_LORAS = 4
 MAX_RANK = 8
@@ -42,60 +42,27 @@ class RankModel:
     def __init__(
         self, config: Mapping[str, Any], rank: int, size: int, fully_sharded: bool = False
     ) -> None:
-        from vllm.config import ModelConfig, VllmConfig
-        from vllm.config.lora import LoRAConfig
-        from vllm.model_executor.model_loader.utils import initialize_model
-
-        for part in (config, config.get("text_config", {})):
-            for architecture in part.get("architectures", ()):
-                _register_class(architecture)
-        self.group = StandInGroup(rank, size)
+        import_classes(config)
         with tempfile.TemporaryDirectory() as folder:
             save_config(Path(folder), config)
-            model_config = ModelConfig(
-                model=folder,
-                tokenizer=folder,
-                skip_tokenizer_init=True,
-                dtype="float32",
-                max_model_len=64,
-                enforce_eager=True,
-                trust_remote_code=False,
-            )
-            lora_config = LoRAConfig(
+            self._rank = offline.configure(
+                folder,
+                rank,
+                size,
+                fully_sharded=fully_sharded,
                 max_lora_rank=MAX_RANK,
                 max_loras=MAX_LORAS,
-                max_cpu_loras=MAX_LORAS,
-                fully_sharded_loras=fully_sharded,
-                lora_dtype=torch.float32,
             )
-            self.vllm_config = VllmConfig(model_config=model_config, lora_config=lora_config)
-            # The group has the size already; the config would ask for as many devices.
-            self.vllm_config.parallel_config.tensor_parallel_size = size
-            self.vllm_config.cache_config.swap_space = 0  # 0.17 would ask for 4 GiB per rank
-            default = torch.get_default_dtype()
-            torch.set_default_dtype(torch.float32)
-            try:
-                self.model = self._as_this_rank(
-                    lambda: initialize_model(vllm_config=self.vllm_config)
-                )
-            finally:
-                torch.set_default_dtype(default)
+            offline.build(self._rank, "cpu")
+        self.group, self.model = self._rank.group, self._rank.model
+        self.vllm_config = self._rank.vllm_config
         self.model.float()  # some layers have a type of their own
         for parameter in self.model.parameters():
             parameter.data.zero_()  # rows that no checkpoint fills are equal on every instance
 
     def _as_this_rank(self, function: Callable[[], Any]) -> Any:
-        from vllm.config import set_current_vllm_config
-        from vllm.distributed import parallel_state
-
-        _initialize_single_process()
-        real = parallel_state._TP
-        parallel_state._TP = self.group
-        try:
-            with set_current_vllm_config(self.vllm_config):
-                return function()
-        finally:
-            parallel_state._TP = real
+        with self._rank.current():
+            return function()
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Load part of a checkpoint, by the names that it has there, with the model's own code."""
@@ -169,14 +136,16 @@ def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torc
     return [rank.forward(name, x) for rank in ranks]
 
 
-def _register_class(architecture: str) -> None:
-    """Import a model class here: vLLM would look at it first in a process that imports all again."""
-    model_class = import_class(architecture)
-    # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
-    layer_types = getattr(sys.modules[model_class.__module__], "ALL_DECODER_LAYER_TYPES", {})
-    if "mamba" in layer_types:
-        layer_types.setdefault("linear_attention", layer_types["mamba"])
-        layer_types.setdefault("full_attention", layer_types["attention"])
+def import_classes(config: Mapping[str, Any]) -> None:
+    """Import a model's classes: vLLM would look at each in a process that imports all again."""
+    for part in (config, config.get("text_config", {})):
+        for architecture in part.get("architectures", ()):
+            module = sys.modules[offline.import_class(architecture).__module__]
+            # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
+            layer_types = getattr(module, "ALL_DECODER_LAYER_TYPES", {})
+            if "mamba" in layer_types:
+                layer_types.setdefault("linear_attention", layer_types["mamba"])
+                layer_types.setdefault("full_attention", layer_types["attention"])
 
 
 def _convolutions_left_alone() -> AbstractContextManager[Any]:
@@ -190,15 +159,3 @@ def _convolutions_left_alone() -> AbstractContextManager[Any]:
             pack(layer, remove_weight)
 
     return mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", pack_linear)
-
-
-def _initialize_single_process() -> None:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        return
-    with tempfile.NamedTemporaryFile() as store, set_current_vllm_config(VllmConfig()):
-        address = f"file://{store.name}-store"
-        parallel_state.init_distributed_environment(1, 0, address, 0, "gloo")
-        parallel_state.initialize_model_parallel(1)
