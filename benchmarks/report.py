@@ -199,7 +199,8 @@ def draw_engine() -> str:
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
     """Return an SVG of horizontal bars, in groups, each with its figure."""
-    left, width, height = 330, 360, 18
+    # Seven pixels hold any letter of the labels on average.
+    left, width, height = 30 + 7 * max(map(len, groups), default=0), 360, 18
     longest = max((value for group in groups.values() for value in group.values()), default=1)
     parts, y = [f'<text x="10" y="22" font-weight="bold">{title}</text>'], 44
     for label, group in groups.items():
@@ -213,7 +214,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
         y += 10
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 110}" height="{y + 6}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(left + width + 110, 20 + 8 * len(title))}" height="{y + 6}" '
         'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
         f"{body}\n</svg>\n"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import vllm
 from packaging.version import Version
 from support.families import FAMILIES, Family
+from support.families_qwen3_5 import QWEN3_5_FAMILIES
 from support.models import import_classes, save_config
 from support.verdicts import WORST_FIRST, runs_here, save_adapter, stubbed
 
@@ -68,3 +70,24 @@ def test_check_agrees_with_the_table(family: Family, tmp_path: Path) -> None:
         named = (module.rpartition(".")[2], fused.layer.rpartition(".")[2])  # some are renamed
         assert any(name in report.plugin.reason for name in named)
         assert report.stock.word != "exact"
+
+
+@pytest.mark.skipif(not runs_here(QWEN3_5_FAMILIES[0]), reason="this vLLM has no such class")
+def test_a_hundred_layers_and_four_hundred_modules_take_three_seconds(tmp_path: Path) -> None:
+    family, layers = QWEN3_5_FAMILIES[0], 100
+    kinds = {"num_hidden_layers": layers, "layer_types": ["linear_attention"] * layers}
+    save_config(tmp_path, {**family.config, **kinds})
+    import_classes(family.config)
+    pairs = {
+        module.replace(".0.", f".{layer}."): (torch.zeros(8, fused.columns), torch.zeros(rows, 8))
+        for layer in range(layers)
+        for fused in family.fused
+        for module, rows in fused.modules.items()
+    }
+    assert len(pairs) == 400
+    save_adapter(tmp_path, pairs)
+    started = time.process_time()  # other processes' work is not ours
+    report = check.check(str(tmp_path), str(tmp_path))
+    assert time.process_time() - started < 3
+    assert [row.count for row in report.rows] == [layers, layers]
+    assert report.plugin.word == "exact"
