@@ -15,7 +15,7 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_nway_lora import fusions, k2_horizon, muse_spark
+from vllm_nway_lora import fusions, k2_horizon, llama4, muse_spark
 from vllm_nway_lora.claims import REFUSALS_ATTRIBUTE
 
 
@@ -29,6 +29,7 @@ def process_packed_modules_mapping(
     mark_unservable(model)
     close_bypasses(model)
     k2_horizon.prepare(model)
+    llama4.prepare(model)
     return mapping | muse_spark.prepare(model)
 
 

@@ -186,6 +186,7 @@ GROUPS = (
             "gathered-when-whole",
             "whole-layer-gathered",
             "copied-lora-a",
+            "llama4-rotary-rows",
             "misnamed-modules",
             "served-in-part",
             "patterns-ignored",

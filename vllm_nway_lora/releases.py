@@ -167,6 +167,14 @@ DEFECTS = (
         "LoRA that follows the loader of that projection. Not reported upstream as far as we know.",
     ),
     Defect(
+        "llama4-rotary-rows",
+        "An adapter on Llama 4's `q_proj` or `k_proj` gives wrong output: vLLM moves the rows of both "
+        "while it loads the weights, and not those of LoRA-B. Nothing is said.",
+        (Seen("0.17.0", None),),
+        (),
+        "LoRA-B in the order of the weights. Not reported upstream as far as we know.",
+    ),
+    Defect(
         "misnamed-modules",
         "Bamba's `gate_up_proj` is said to pack `up_proj` and `down_proj`: an adapter on `gate_proj` "
         "does not load, one on the others gives wrong output. Nothing is said.",

@@ -348,4 +348,30 @@ ATTENTION_FAMILIES = (
         classes={"DeepseekV41LLMForCausalLM": f"{_DEEPSEEK41}:DeepseekV41LLMForCausalLM"},
         since="0.33.0",
     ),
+    Family(
+        "Llama 4",
+        {
+            **COMMON,
+            "model_type": "llama4_text",
+            "architectures": ["Llama4ForCausalLM"],
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 0,
+            "moe_layers": [],
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 32,
+        },
+        (
+            Fused(
+                f"{LAYER}.self_attn.qkv_proj",
+                {
+                    f"{LAYER}.self_attn.q_proj": 128,
+                    f"{LAYER}.self_attn.k_proj": 32,
+                    f"{LAYER}.self_attn.v_proj": 32,
+                },
+                (WRONG,) * 4,
+            ),
+        ),
+    ),
 )
