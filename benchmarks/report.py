@@ -213,8 +213,9 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
             y += height
         y += 10
     body = "\n".join(parts)
+    whole = max(left + width + 110, 20 + 8 * len(title))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(left + width + 110, 20 + 8 * len(title))}" height="{y + 6}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole}" height="{y + 6}" '
         'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
         f"{body}\n</svg>\n"
     )
