@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The answer of ``check`` and ``plan``: outcomes, verdicts and one row per kind of layer."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_nway_lora.rows.plan import FusionPlan
+
+
+class Outcome(enum.Enum):
+    """How an adapter on a layer is served. The members are in order, the worst first."""
+
+    #: The engine does not start.
+    FAILS = "fails"
+    #: The output differs from PEFT's, and vLLM reports no error.
+    WRONG = "wrong"
+    #: The base model answers under the adapter's name.
+    IGNORED = "ignored"
+    #: The adapter does not load; the error gives the reason.
+    REFUSED = "refused"
+    #: The output equals PEFT's.
+    EXACT = "exact"
+
+    @classmethod
+    def worst(cls, outcomes: Iterable[Outcome]) -> Outcome:
+        """Return the worst of ``outcomes``, and ``EXACT`` if there is none."""
+        return min(outcomes, key=list(cls).index, default=cls.EXACT)
+
+
+@dataclass
+class Verdict:
+    """How one side serves an adapter's part of a layer: the worst outcome over all ranks.
+
+    Attributes:
+        outcome: the outcome.
+        reason: the error's text, or a description of the fault.
+    """
+
+    outcome: Outcome = Outcome.EXACT
+    reason: str = ""
+
+    def worsen(self, outcome: Outcome, reason: str = "") -> None:
+        """Replace the verdict by ``outcome`` and ``reason`` if that outcome is worse."""
+        if outcome is not self.outcome and Outcome.worst((outcome, self.outcome)) is outcome:
+            self.outcome, self.reason = outcome, reason
+
+
+@dataclass
+class Row:
+    """One layer for which an adapter has modules.
+
+    Attributes:
+        layer: its path in vLLM's model. In a folded row, layer numbers are ``*``.
+        modules: adapter-visible modules -> rows of LoRA-B over all ranks; None where not adapted.
+        rank: LoRA's r, the largest of its modules.
+        plan: its :class:`FusionPlan` on each rank, in rank order; empty for vLLM's own layers.
+        stock: the verdict on vLLM without the plugin.
+        plugin: the verdict on vLLM with the plugin.
+        count: the number of layers that the row stands for.
+    """
+
+    layer: str
+    modules: dict[str, int | None]
+    rank: int
+    plan: list[FusionPlan] = field(default_factory=list)
+    stock: Verdict = field(default_factory=Verdict)
+    plugin: Verdict = field(default_factory=Verdict)
+    count: int = 1
+
+
+@dataclass
+class Report:
+    """The rows, and the verdicts on the adapter as a whole, without and with the plugin."""
+
+    rows: list[Row]
+    stock: Verdict
+    plugin: Verdict
+
+
+def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> Report:
+    """Return the report of ``rows``; each side's verdict becomes the worst of its rows.
+
+    Args:
+        rows: layer's path -> its row.
+        verdicts: True for the plugin, False for stock vLLM -> the verdict on the whole so far.
+    """
+    folded = fold_rows(rows.values())
+    for plugin, verdict in verdicts.items():
+        for row in folded:
+            part = row.plugin if plugin else row.stock
+            verdict.worsen(part.outcome, part.reason)
+            if verdict.outcome is Outcome.FAILS:
+                part.worsen(Outcome.FAILS, verdict.reason)
+    return Report(folded, verdicts[False], verdicts[True])
+
+
+def fold_rows(rows: Iterable[Row]) -> list[Row]:
+    """Merge rows that differ only in the layer's number; the first of them gets the count."""
+    folded: dict[object, Row] = {}
+    for row in rows:
+        pattern = re.sub(r"\b\d+\b", "*", row.layer)
+        modules = tuple(row.modules.items())
+        key = (pattern, modules, row.rank, row.stock.outcome, row.plugin.outcome)
+        if key in folded:
+            folded[key].count += 1
+        else:
+            row.layer = pattern
+            folded[key] = row
+    return list(folded.values())
