@@ -1,9 +1,9 @@
-"""The served engine on CPU: without LoRA, with stock vLLM's, with the plugin's, in turn.
+"""Measure three servers on CPU: without LoRA, stock vLLM with LoRA, and the plugin with LoRA.
 
-A random Qwen3.5 of some hundred MB, of which stock vLLM serves the adapters too. The three servers
-are up together; each round sends every load to each of them in turn, so that what else the machine
-does meets all alike. Where every projection takes LoRA, most of them are vLLM's own in both servers,
-and those cost each token as much with an adapter that leaves them out.
+The model is a random Qwen3.5 of some hundred MB, whose adapters stock vLLM serves too. The three
+servers run at the same time. Each round sends every load to each server in turn, so that other work
+on the machine affects all three. If LoRA is on every projection, most LoRA layers are vLLM's own in
+both servers. Those layers cost each token the same even if the adapter leaves them out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
     "linear_num_value_heads": 16,
     "initializer_range": 0.02,
 }
-#: What takes LoRA -> the adapter's modules, and how the servers are told.
+#: Projections with LoRA -> the adapter's modules, and the servers' arguments that select them.
 CONFIGURATIONS = {
     "in_proj_qkvz alone": (QWEN3_5["qkv+z"], ("--lora-target-modules", *QWEN3_5["qkv+z"])),
     "every projection": (QWEN3_5["all"], ()),
@@ -50,14 +50,20 @@ ARGUMENTS = ("--max-model-len", "512", "--no-enable-prefix-caching")
 
 @dataclass(frozen=True)
 class Load:
-    """Requests sent together: their number, and the tokens of each, given and generated."""
+    """Requests sent at the same time.
+
+    Attributes:
+        requests: number of requests.
+        prompt: tokens of each prompt.
+        new: tokens to generate for each request.
+    """
 
     requests: int
     prompt: int
     new: int
 
-    def seconds(self, server: Server, model: str) -> float:
-        """Send it and wait for all answers."""
+    def measure_seconds(self, server: Server, model: str) -> float:
+        """Send the requests and wait for all answers; return the seconds that this takes."""
         prompts = [
             random.choices(range(3, VOCAB_SIZE), k=self.prompt) for _ in range(self.requests)
         ]
@@ -80,7 +86,7 @@ LOADS = {
 
 
 def main() -> int:
-    """Measure and write ``engine.json``; return 0."""
+    """Measure and save ``engine.json``; return 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--servers", nargs="*", default=["base", "stock", "plugin"])
@@ -105,7 +111,7 @@ def main() -> int:
 def measure(
     configuration: str, checkpoint: Path, names: list[str], rounds: int
 ) -> list[dict[str, Any]]:
-    """Start the servers, send them the loads in turn and return a row per load."""
+    """Start the servers, send every load to each server in turn and return one row per load."""
     modules, restriction = CONFIGURATIONS[configuration]
     root = checkpoint.parent / configuration.replace(" ", "-")
     adapter = save_adapter(checkpoint, root / "adapter", modules, 0)
@@ -119,18 +125,18 @@ def measure(
             )
             if name != "base":
                 servers[name].load("adapter", adapter)
-        for number in range(rounds + 1):  # the first warms up
+        for number in range(rounds + 1):  # the first round warms up
             for load_name, load in LOADS.items():
                 for name, server in servers.items():
                     model = str(checkpoint) if name == "base" else "adapter"
-                    taken = load.seconds(server, model)
+                    taken = load.measure_seconds(server, model)
                     if number:
                         seconds[load_name][name].append(taken)
     return [row(configuration, load, taken) for load, taken in seconds.items()]
 
 
 def row(configuration: str, load_name: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Return medians: tokens per second, milliseconds per step, and stock's time over the plugin's."""
+    """Return medians of tokens per second, milliseconds per step and stock's time / the plugin's."""
     load = LOADS[load_name]
     tokens = load.requests * (load.prompt if load.new == 1 else load.new)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
@@ -138,7 +144,7 @@ def row(configuration: str, load_name: str, seconds: dict[str, list[float]]) -> 
         "lora_on": configuration,
         "load": load_name,
         "tokens_per_second": {name: round(tokens / taken, 1) for name, taken in medians.items()},
-        # Steps are as many as each request's new tokens, the first of them the prefill.
+        # A load has as many steps as each request has new tokens. The first step is the prefill.
         "ms_per_step": {name: round(taken / load.new * 1e3, 2) for name, taken in medians.items()},
     }
     if {"stock", "plugin"} <= seconds.keys():

@@ -1,4 +1,4 @@
-"""What was measured on: written down with every result."""
+"""The machine of a measurement, which is saved with every result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """Return the machine and the versions of what runs on it."""
+    """Return the machine, and the versions of Python, torch, vLLM and this package."""
     import torch
     import vllm
 
@@ -36,6 +36,6 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, as JSON that a diff shows well."""
+    """Save a result as JSON with one value per line, which keeps diffs readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,6 +1,7 @@
-"""Write the tables of ``benchmarks/README.md`` and the plots beside the results, from the results.
+"""Write the tables of ``benchmarks/README.md`` and the plots from the saved results.
 
-``python3 benchmarks/run.py report``, or this script by itself: the standard library is enough.
+Run ``python3 benchmarks/run.py report`` or ``python3 benchmarks/report.py``. This script needs the
+standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COLOURS = {"stock": "#b0413e", "slices": "#d9a441", "plugin": "#2f6f9f"}
 
 
 def main() -> int:
-    """Write tables and plots anew; return 0."""
+    """Write the tables and the plots; return 0."""
     readme = HERE / "README.md"
     readme.write_text(render(readme.read_text()))
     for name, draw in PLOTS.items():
@@ -31,12 +32,12 @@ def main() -> int:
 
 
 def render(text: str) -> str:
-    """Return the text with every table made anew, between its two comments."""
+    """Return the text with every table replaced, between its two comments."""
     return tables.fill(text, TABLES, "report.py")
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return a stored result; one without rows where there is none yet."""
+    """Return a saved result; without rows if nothing is saved yet."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
         return {"machine": {}, "rows": []}
@@ -45,7 +46,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def machines() -> str:
-    """Return on what each result was measured."""
+    """Return the table of machines and versions, one line per result."""
     keys = ("date", "cpu", "cores", "threads", "clock", "load_before", "vllm", "torch")
     found = ((name, load(name)["machine"]) for name in ("layers", "startup", "engine"))
     rows = ((name, *(str(m.get(key) or "") for key in keys)) for name, m in found if m)
@@ -53,7 +54,7 @@ def machines() -> str:
 
 
 def layers() -> str:
-    """Return the LoRA part of each layer: medians, and medians of the rounds' ratios."""
+    """Return the table of each layer's LoRA part: medians, and medians of the rounds' ratios."""
     headings = ("model", "TP", "r", "tokens", "adapters", "mode", "base, µs",
                 *(f"{name}, µs" for name in VARIANTS), "slices / stock", "plugin / stock")  # fmt: skip
     rows = []
@@ -72,7 +73,7 @@ def layers() -> str:
 
 
 def sizes() -> str:
-    """Return what is counted: multiply-adds against the floor, and bytes against stock vLLM's."""
+    """Return the table of counts: multiply-adds / floor, and the plugin's bytes / stock vLLM's."""
     rows = []
     seen = set()
     for row in load("layers")["rows"]:
@@ -84,8 +85,8 @@ def sizes() -> str:
         stock, plugin = found.get("stock"), found["plugin"]
         floor = found["floor"]["multiply_adds"]
 
-        def over(what: str, stock: Any = stock, plugin: Any = plugin) -> str:
-            return f"{plugin[what] / stock[what]:.2f}" if stock and stock[what] else "–"
+        def ratio(key: str, stock: Any = stock, plugin: Any = plugin) -> str:
+            return f"{plugin[key] / stock[key]:.2f}" if stock and stock[key] else "–"
 
         rows.append(
             (
@@ -95,16 +96,17 @@ def sizes() -> str:
                 f"{plugin['slices']} / {stock['slices'] if stock else 'not wrapped'}",
                 f"{stock['multiply_adds'] / floor:.2f}" if stock else "–",
                 f"{plugin['multiply_adds'] / floor:.2f}",
-                *(over(what) for what in ("a_bytes", "b_bytes", "gathered_bytes")),
+                *(ratio(key) for key in ("a_bytes", "b_bytes", "gathered_bytes")),
             )
         )
     return _table(
-        ("model", "TP", "LoRA-A", "slices, plugin / stock", "stock / floor", "plugin / floor",
-         "A bytes", "B bytes", "gathered bytes"), rows)  # fmt: skip
+        ("model", "TP", "LoRA-A", "slices, plugin / stock", "multiply-adds, stock / floor",
+         "multiply-adds, plugin / floor", "bytes of A, plugin / stock",
+         "bytes of B, plugin / stock", "gathered bytes, plugin / stock"), rows)  # fmt: skip
 
 
 def loads() -> str:
-    """Return the time to put an adapter into a slot."""
+    """Return the table of the time that ``set_lora`` takes to write an adapter into a slot."""
     rows = []
     for row in load("layers")["rows"]:
         if row["tokens"] == 64 and row["adapters"] == 1 and not row["compiled"]:
@@ -122,7 +124,7 @@ def loads() -> str:
 
 
 def startup() -> str:
-    """Return what register() costs each process."""
+    """Return the table of register()'s time and imports in each process."""
     rows = []
     for row in load("startup")["rows"]:
         imported = ", ".join(row["on_torch_or_lora"]) or "none"
@@ -130,13 +132,13 @@ def startup() -> str:
             f"{row[f'{s}_{c}_ms']:.1f}" for s in ("off", "on") for c in ("wall", "processor")
         )
         rows.append((row["process"], *figures, str(row["on_modules"]), imported))
-    headings = ("process has imported", "off, ms", "of processor", "on, ms", "of processor",
-                "modules added", "of torch or vllm.lora")  # fmt: skip
+    headings = ("imported before", "off, ms", "off, CPU ms", "on, ms", "on, CPU ms",
+                "modules added when on", "of these torch or vllm.lora")  # fmt: skip
     return _table(headings, rows)
 
 
 def engine() -> str:
-    """Return the engine's throughput and time per step."""
+    """Return the table of the engine's throughput and time per token."""
     rows = []
     for row in load("engine")["rows"]:
         speed, step = row["tokens_per_second"], row["ms_per_step"]
@@ -169,7 +171,7 @@ def _table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def draw_layers() -> str:
-    """Return bars of Qwen3.5-9B's LoRA part over its base product, by tokens: r 16, one adapter."""
+    """Return a plot of Qwen3.5-9B's LoRA part / base product by tokens: r = 16, one adapter."""
     chosen = [
         row
         for row in load("layers")["rows"]
@@ -178,14 +180,18 @@ def draw_layers() -> str:
         and not row["compiled"]
     ]
     groups = {
-        f"{row['tokens']} tokens": {n: row["lora_us"][n] / row["lora_us"]["base"] for n in VARIANTS}
+        f"{row['tokens']} token{'s' * (row['tokens'] > 1)}": {
+            n: row["lora_us"][n] / row["lora_us"]["base"] for n in VARIANTS
+        }
         for row in chosen
     }
-    return bars("LoRA part over base product: Qwen3.5-9B in_proj_qkvz, r = 16, one adapter", groups)
+    return bars(
+        "Time of LoRA part / base product: Qwen3.5-9B in_proj_qkvz, r = 16, one adapter", groups
+    )
 
 
 def draw_engine() -> str:
-    """Return bars of the engine's throughput over that without LoRA."""
+    """Return a plot of the engine's throughput / its throughput without LoRA."""
     groups = {
         f"{row['lora_on']}: {row['load']}": {
             name: row["tokens_per_second"][name] / row["tokens_per_second"]["base"]
@@ -194,12 +200,12 @@ def draw_engine() -> str:
         for row in load("engine")["rows"]
         if {"base", "stock", "plugin"} <= row["tokens_per_second"].keys()
     }
-    return bars("Throughput over that of the engine without LoRA", groups)
+    return bars("Throughput with LoRA / throughput without LoRA", groups)
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Return an SVG of horizontal bars, in groups, each with its figure."""
-    # Seven pixels hold any letter of the labels on average.
+    """Return an SVG plot of horizontal bars in groups, each bar with its value."""
+    # A letter of the labels is at most seven pixels wide on average.
     left, width, height = 30 + 7 * max(map(len, groups), default=0), 360, 18
     longest = max((value for group in groups.values() for value in group.values()), default=1)
     parts, y = [f'<text x="10" y="22" font-weight="bold">{title}</text>'], 44

@@ -1,7 +1,8 @@
 """Run the benchmarks in the default release's environment: ``python3 benchmarks/run.py WHAT``.
 
-WHAT is ``layers``, ``startup``, ``engine`` or ``report``; further arguments go to that script
-(``--help`` lists them). ``report`` renews ``benchmarks/README.md`` from the results.
+WHAT is ``layers``, ``startup``, ``engine`` or ``report``. Further arguments are passed to that script
+(``--help`` lists them). ``report`` writes the tables of ``benchmarks/README.md`` and the plots from the
+saved results.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SCRIPTS = ("layers", "startup", "engine", "report")
 
 
 def main() -> int:
-    """Make the environment, then run a script in it; return its exit status."""
+    """Create the environment and run a script in it; return its exit status."""
     if sys.argv[1:2] not in [[name] for name in SCRIPTS]:
         print(__doc__)
         return 2

@@ -1,4 +1,4 @@
-"""What the plugin costs a process at its start: without it and with it, in turn, in new processes."""
+"""Measure the plugin's start-up time, with the plugin off and on in turn, in new processes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from machine import describe, write
 
-#: Where register() is called -> what vLLM has imported by then.
+#: Process in which register() is called -> the imports of vLLM that come first.
 PROCESSES = {
     "import vllm": "import vllm, vllm.envs",
     "API server": "import vllm.entrypoints.openai.api_server",
     "worker": "import vllm.v1.worker.gpu_worker, vllm.lora.worker_manager",
 }
 
-#: Prints seconds (of the wall, of the processor) that register() takes and what it imports. In a
-#: worker it patches at once, for which it imports what builds LoRA layers.
+#: Prints the wall-clock and CPU seconds that register() takes and the modules that it imports. In a
+#: worker it applies the patches at once, and for that imports the modules that build LoRA layers.
 CODE = """
 import json, sys, time
 {imports}
@@ -39,14 +39,14 @@ print(json.dumps({{"wall": wall, "processor": processor, "added": added}}))
 
 
 def measure(name: str, plugin: bool) -> dict[str, Any]:
-    """Return what register() costs in a new process: with the plugin on, or off."""
+    """Return time and imports of register() in a new process, with the plugin on or off."""
     environment = {
         **os.environ,
         "VLLM_NWAY_LORA": "1" if plugin else "0",
-        "VLLM_PLUGINS": "",  # vLLM does not call register() itself
+        "VLLM_PLUGINS": "",  # so that vLLM does not call register()
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users' processes need not compile anew
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users' processes find compiled bytecode
     done = subprocess.run(
         [sys.executable, "-P", "-c", CODE.format(imports=PROCESSES[name])],
         env=environment,
@@ -59,14 +59,14 @@ def measure(name: str, plugin: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure and write ``startup.json``; return 0."""
+    """Measure and save ``startup.json``; return 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", nargs="*", default=list(PROCESSES), choices=PROCESSES)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     machine = describe()
-    measure("import vllm", True)  # leaves the bytecode that others find
+    measure("import vllm", True)  # compiles the bytecode that later processes find
     rows = []
     for name in arguments.processes:
         found: dict[bool, list[dict[str, Any]]] = {False: [], True: []}

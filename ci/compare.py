@@ -1,4 +1,4 @@
-"""What ``ci/demo.py`` runs: tiny models and adapters, a server without and with the plugin."""
+"""Compare a server of stock vLLM with a server with the plugin, on tiny models, for ``ci/demo.py``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from rich.console import Console
 from rich.table import Table
-from support.adapters import QWEN3_5, QWEN3_NEXT, make, prompts
+from support.adapters import QWEN3_5, QWEN3_NEXT, prompts, save_served_model
 from support.checkpoints import save_qwen3_5, save_qwen3_next
 from support.server import Server, ServerError
 
 
 class Model(NamedTuple):
-    """A model of the demo: how to save it, the modules of its adapters, how it is served."""
+    """A model of the demo.
+
+    Attributes:
+        name: its name in the table.
+        save: saves a tiny checkpoint into a folder and returns that folder.
+        adapters: adapter's name -> its modules.
+        tensor_parallel_size: the server's tensor-parallel size.
+    """
 
     name: str
     save: Callable[[Path], Path]
@@ -37,15 +44,15 @@ MODELS = (
 def main() -> int:
     """Print the table; return 0 if every adapter is exact with the plugin."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the table there too")
+    parser.add_argument("--json", type=Path, help="also save the table in this file")
     arguments = parser.parse_args()
     console = Console()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in MODELS:
-            console.print(f"{model.name}: making a tiny checkpoint and its adapters")
+            console.print(f"{model.name}: saving a tiny checkpoint and its adapters")
             rows += compare(model, Path(folder) / model.name, console)
-    table = Table(title="Largest error in logprob against PEFT, of the adapter's effect")
+    table = Table(title="Largest logprob error compared with PEFT, of the adapter's largest effect")
     for heading in ("model", "adapter on", "stock vLLM", "with vllm-nway-lora"):
         table.add_column(heading, overflow="fold")
     for row in rows:
@@ -57,9 +64,9 @@ def main() -> int:
 
 
 def compare(model: Model, folder: Path, console: Console) -> list[dict[str, Any]]:
-    """Serve every adapter of a model without and with the plugin; return a row for each."""
+    """Serve every adapter of a model without and with the plugin; return one row per adapter."""
     folder.mkdir()
-    served = make(folder, model.save, model.adapters)
+    served = save_served_model(folder, model.save, model.adapters)
     verdicts: dict[bool, dict[str, str]] = {False: {}, True: {}}
     for plugin, found in verdicts.items():
         label = "with vllm-nway-lora" if plugin else "stock vLLM"
@@ -81,7 +88,8 @@ def compare(model: Model, folder: Path, console: Console) -> list[dict[str, Any]
                         (served.reference.compare(name, answer) for answer in answers),
                         key=lambda comparison: comparison.error,
                     )
-                    found[name] = f"{worst.word}: {worst.error:.2f} of {worst.effect:.2f}"
+                    outcome = worst.outcome.value
+                    found[name] = f"{outcome}: {worst.error:.2f} of {worst.effect:.2f}"
                 console.print(f"  {name}: {found[name]}")
     return [
         {
@@ -95,7 +103,7 @@ def compare(model: Model, folder: Path, console: Console) -> list[dict[str, Any]
 
 
 def _cause(message: str) -> str:
-    """Cut the server's message down to the worker's own words."""
+    """Return the worker's error out of the server's message, at most 160 characters."""
     _, _, cause = message.partition("Worker failed with error '")
     return (cause.partition("', please")[0] or message)[:160]
 

@@ -10,7 +10,7 @@ import environment
 
 
 def main() -> int:
-    """Make the environment, then run the comparison in it; return its exit status."""
+    """Create the environment and run the comparison in it; return its exit status."""
     python = environment.release_environment()
     return subprocess.call(
         [python, "-P", environment.ROOT / "ci" / "compare.py", *sys.argv[1:]],

@@ -1,7 +1,7 @@
-"""Make the environment of one vLLM release, with this package in it as a wheel.
+"""Create the environment of one vLLM release and install this package in it as a wheel.
 
-Standard library only. Everything lies under a cache folder (``NWAY_LORA_CACHE``, by default
-``~/.cache/vllm-nway-lora``); an environment that is there already is used again.
+Uses the standard library only. All files are in a cache folder (``NWAY_LORA_CACHE``, by default
+``~/.cache/vllm-nway-lora``). An existing environment is used again.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import tomllib
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("NWAY_LORA_CACHE", Path.home() / ".cache" / "vllm-nway-lora"))
 TEST_REQUIREMENTS = ["peft>=0.17", "pytest>=8", "hypothesis>=6.100"]
-LINT_REQUIREMENTS = ["ruff==0.14.0", "mypy==1.18.2", "packaging", "wrapt"]
+LINT_REQUIREMENTS = [
+    *("ruff==0.14.0", "mypy==1.18.2", "import-linter==2.17"),
+    *("packaging", "wrapt"),
+]
 
 
 def say(text: str) -> None:
-    """Print a line of progress at once."""
+    """Print one line of progress and flush it."""
     print(f"[ci] {text}", flush=True)
 
 
@@ -31,13 +34,13 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> None:
     """Run a command from the repository's root.
 
     Raises:
-        subprocess.CalledProcessError: it failed.
+        subprocess.CalledProcessError: the command failed.
     """
     subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=env)
 
 
 def uv() -> Path:
-    """Return uv, installed into the cache folder if it is not there yet."""
+    """Return the path of uv; install it in the cache folder if it is missing."""
     folder = CACHE / "uv"
     if not (folder / "bin" / "uv").exists():
         say("installing uv")
@@ -48,15 +51,15 @@ def uv() -> Path:
 
 @functools.cache
 def matrix() -> dict[str, Any]:
-    """Return what ``ci/matrix.toml`` says."""
+    """Return the contents of ``ci/matrix.toml``."""
     return tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
 
 
 def row(release: str) -> dict[str, Any]:
-    """Return what ``ci/matrix.toml`` says of a release; ``newest`` is whichever is published last.
+    """Return a release's row of ``ci/matrix.toml``; ``newest`` is the release published last.
 
     Raises:
-        KeyError: it has no such release.
+        KeyError: the file has no such release.
     """
     rows: dict[str, dict[str, Any]] = {**matrix()["release"], "newest": matrix()["newest"]}
     return rows[release]
@@ -64,7 +67,7 @@ def row(release: str) -> dict[str, Any]:
 
 @functools.cache
 def wheel() -> Path:
-    """Return the wheel under test: that of ``NWAY_LORA_WHEEL``, else one built now."""
+    """Return the wheel under test: the file that ``NWAY_LORA_WHEEL`` names, else a new build."""
     if given := os.environ.get("NWAY_LORA_WHEEL"):
         return Path(given).resolve()
     say("building the wheel")
@@ -75,12 +78,14 @@ def wheel() -> Path:
 
 
 def release_environment(release: str | None = None) -> Path:
-    """Return the Python of a release's environment, made if need be, with the wheel in it.
+    """Return the Python of a release's environment, in which the wheel is installed.
+
+    Create the environment if it is missing.
 
     Raises:
         KeyError: ``ci/matrix.toml`` has no such release.
-        subprocess.CalledProcessError: it could not be made.
-        RuntimeError: installing the wheel changed a distribution that was there before.
+        subprocess.CalledProcessError: the environment could not be created.
+        RuntimeError: installing the wheel changed a distribution that was installed before.
     """
     release = release or str(matrix()["default"])
     wanted = row(release)
@@ -106,7 +111,7 @@ def lint_environment() -> Path:
 
 
 def _distributions(python: Path) -> set[str]:
-    """Return every distribution but ours, as ``name==version``."""
+    """Return every installed distribution except ours, as ``name==version``."""
     command = [str(uv()), "pip", "freeze", "--python", str(python)]
     listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return {line for line in listed.splitlines() if not line.startswith("vllm-nway-lora")}
@@ -117,7 +122,7 @@ def _environment(name: str, packages: list[str], pins: list[str], interpreter: s
     folder = CACHE / "environments" / f"{name}-{key}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        say(f"making the environment {name} (once; the first takes some minutes)")
+        say(f"creating the environment {name} (once; the first one takes some minutes)")
         run(uv(), "venv", "--quiet", "--clear", "--python", interpreter, folder)
         overrides = folder / "overrides.txt"
         overrides.write_text("\n".join(pins) + "\n")

@@ -1,12 +1,12 @@
-"""Run the suites on releases of vLLM and write down what came out.
+"""Run the suites on releases of vLLM and save the results.
 
-    python3 ci/matrix.py                    # every release, but for what has passed already
-    python3 ci/matrix.py 0.21.0 0.24.0..    # a release; a range, open on either side
+    python3 ci/matrix.py                    # every release, except suites that have passed already
+    python3 ci/matrix.py 0.21.0 0.24.0..    # one release; a range, which may be open on either side
     python3 ci/matrix.py --suite layers --again boundary
 
-Each release's figures go to ``ci/results/<release>.json``, the table made of them into the README,
-and each suite's output to ``logs/`` in the cache folder. A suite that has passed with the same code
-is not run again. A release that fails does not stop the rest.
+Each release's figures are saved in ``ci/results/<release>.json``; the README's table of releases is
+written from these files. Each suite's output is saved in ``logs/`` in the cache folder. A suite that
+has passed with the same code is not run again. A release that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ Counts = dict[str, Any]
 
 
 def main() -> int:
-    """Run what the arguments ask for; return 0 if every suite passed."""
+    """Run the suites that the arguments select; return 0 if every suite passed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("releases", nargs="*", default=["all"], metavar="RELEASE | FIRST..LAST")
     parser.add_argument(
-        "--suite", action="append", help="only this one; may be given more than once"
+        "--suite", action="append", help="run only this suite; may be given more than once"
     )
-    parser.add_argument("--again", action="store_true", help="also what has passed already")
+    parser.add_argument(
+        "--again", action="store_true", help="also run suites that have passed already"
+    )
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 4))
-    parser.add_argument("--list", action="store_true", help="only list the releases, as JSON")
+    parser.add_argument(
+        "--list", action="store_true", help="print the releases as JSON and run nothing"
+    )
     asked = parser.parse_args()
     todo = select(asked.releases)
     if asked.list:
@@ -69,10 +73,10 @@ def main() -> int:
 
 
 def select(asked: Iterable[str]) -> list[str]:
-    """Return the releases that ``asked`` names, in the matrix' order.
+    """Return the releases that ``asked`` selects, in the matrix's order.
 
     Raises:
-        KeyError: a name that the matrix does not have.
+        KeyError: the matrix has no release of that name.
     """
     known = [*environment.matrix()["release"], "newest"]
     chosen = set()
@@ -94,14 +98,14 @@ def select(asked: Iterable[str]) -> list[str]:
 
 
 def suites(release: str) -> list[str]:
-    """Return the suites that the matrix has for a release, in the order in which they run."""
+    """Return the suites of a release, in the order in which they run."""
     row = environment.row(release)
     everywhere = environment.matrix()["suites"]["everywhere"]
     return [*(s for s in everywhere if s not in row.get("without", [])), *row.get("also", [])]
 
 
 def run_release(release: str, only: Sequence[str] | None, again: bool) -> bool:
-    """Run a release's suites and write down what came out; return whether all passed."""
+    """Run a release's suites and save their figures; return whether all passed."""
     path = environment.ROOT / "ci" / "results" / f"{release}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"suites": {}}
     todo = [suite for suite in suites(release) if not only or suite in only]
@@ -122,7 +126,10 @@ def run_release(release: str, only: Sequence[str] | None, again: bool) -> bool:
 
 
 def run_suites(release: str, python: Path, todo: Sequence[str]) -> Iterator[tuple[str, Counts]]:
-    """Run suites, all of ours in one process, which spares imports of vLLM; yield their figures."""
+    """Run suites and yield their figures.
+
+    Our own suites share one process, which saves further imports of vLLM.
+    """
     log = environment.CACHE / "logs" / release / f"{'-'.join(todo)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment.say(f"{release}: running {' '.join(todo)} (log: {log})")
@@ -131,22 +138,22 @@ def run_suites(release: str, python: Path, todo: Sequence[str]) -> Iterator[tupl
         arguments = [argument for paths in ours.values() for argument in paths]
         report = runner.run_pytest(release, python, arguments, log)
         for suite, paths in ours.items():
-            yield suite, runner.count(report, paths[0])
+            yield suite, runner.count(report, paths)
     if "peers" in todo:
         yield "peers", peers.run(release, python, log)
 
 
 def passed(counts: Counts, code: str) -> bool:
-    """Tell whether a suite passed, with this code."""
+    """Return whether a suite passed with this code."""
     return not counts["failed"] and counts["passed"] > 0 and counts["source"] == code
 
 
 def source(suite: str, release: str) -> str:
-    """Return a digest of what a suite's figures depend on: the package, its tests, its row."""
+    """Return a digest of all that a suite's figures depend on: the package, its tests and its row."""
     row = environment.row(release)
     digest = hashlib.sha256(json.dumps([row["distribution"], row.get("torch")]).encode())
     paths = environment.matrix()["suites"]["paths"].get(suite, ())
-    folders = ["vllm_nway_lora", "tests/support", *(p for p in paths if not p.startswith("-"))]
+    folders = ["vllm_nway_lora", "tests/support", *paths]
     if suite == "peers":
         folders.append("tests/peers")
     for name in folders:
@@ -157,7 +164,7 @@ def source(suite: str, release: str) -> str:
 
 
 def versions(python: Path, release: str) -> dict[str, str]:
-    """Return the versions of what is tested and of what it stands on."""
+    """Return the versions of Python, vLLM, torch, transformers, PEFT and this package."""
     distribution = environment.row(release)["distribution"]
     code = (
         "import json, platform; from importlib.metadata import version; print(json.dumps("
@@ -170,7 +177,7 @@ def versions(python: Path, release: str) -> dict[str, str]:
 
 
 def summary(counts: Counts) -> str:
-    """Return a suite's figures as a phrase."""
+    """Return a suite's figures as text, for example ``3 passed, 1 skipped``."""
     kinds = [f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped") if counts[kind]]
     return ", ".join(kinds)
 

@@ -1,4 +1,4 @@
-"""Run vLLM's own LoRA tests, unmodified, without the plugin and with it."""
+"""Run vLLM's own LoRA tests, unmodified, with the plugin off and on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import environment
 import runner
 
-#: Of ``tests/lora``, what runs on CPU; the rest is for GPUs or serves whole models.
+#: The files of ``tests/lora`` that run on CPU. The others need a GPU or serve whole models.
 FILES = (
     "test_layers.py",
     "test_layers_utils.py",
@@ -25,9 +25,10 @@ FILES = (
 
 
 def run(release: str, python: Path, log: Path) -> dict[str, Any]:
-    """Run a release's own tests, off and on; return what passed and what the plugin lost.
+    """Run a release's own tests with the plugin off and on; return the figures.
 
-    ``failed`` counts the tests that pass without the plugin and not with it; ``lost`` names them.
+    ``failed`` counts the tests that pass with the plugin off and do not pass with it on; ``lost``
+    lists them.
     """
     folder = fetch(release)
     # vLLM's conftest imports tblib.
@@ -47,20 +48,20 @@ def run(release: str, python: Path, log: Path) -> dict[str, Any]:
             OMP_NUM_THREADS="1",
         )
         outcomes[mode] = _outcomes(report)
-    off, on = ({test for test, what in outcomes[m].items() if what == "passed"} for m in "01")
+    off, on = ({test for test, outcome in outcomes[m].items() if outcome == "passed"} for m in "01")
     lost = sorted(off - on)
     return {
         "passed": len(on),
         "failed": len(lost),
-        "skipped": sum(what == "skipped" for what in outcomes["1"].values()),
+        "skipped": sum(outcome == "skipped" for outcome in outcomes["1"].values()),
         "passed_off": len(off),
-        "failed_off": sum(what == "failed" for what in outcomes["0"].values()),
+        "failed_off": sum(outcome == "failed" for outcome in outcomes["0"].values()),
         "lost": lost,
     }
 
 
 def fetch(release: str) -> Path:
-    """Return the folder with ``tests/`` of a release's source distribution."""
+    """Return a folder with ``tests/`` of a release's source distribution; fetch it if missing."""
     folder = environment.CACHE / "sdists" / release
     if not (folder / "tests").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Draw the README's pictures of the command anew: ``python3 ci/pictures.py``."""
+"""Draw the README's pictures of the command: ``python3 ci/pictures.py``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 
 import environment
 
-#: Writes a model's configuration and an adapter; both are so small that only their names tell.
-_MAKE = """
+#: Code that saves two tiny models' configurations and an adapter for each. The pictures show the
+#: names of the folders.
+_SAVE_FILES = """
 import json, sys
 from pathlib import Path
 import torch
@@ -37,20 +38,20 @@ PICTURES = {
 
 
 def main() -> int:
-    """Save every picture below ``docs/``; return 0."""
+    """Save every picture in ``docs/``; return 0."""
     python = environment.release_environment()
     docs = environment.ROOT / "docs"
     docs.mkdir(exist_ok=True)
     work = environment.CACHE / "pictures"
     work.mkdir(exist_ok=True)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(environment.ROOT / "tests")}
-    subprocess.run([python, "-P", "-c", _MAKE], cwd=work, env=env, check=True)
+    subprocess.run([python, "-P", "-c", _SAVE_FILES], cwd=work, env=env, check=True)
     env.pop("PYTHONPATH")
-    for name, words in PICTURES.items():
+    for name, arguments in PICTURES.items():
         environment.say(f"drawing {name}")
-        command = [str(python), "-P", "-m", "vllm_nway_lora", *words]
+        command = [str(python), "-P", "-m", "vllm_nway_lora", *arguments]
         picture = ["--svg", str(docs / f"{name}.svg"), "--width", "110"]
-        # Not every picture is of success, so the exit status says nothing here.
+        # A picture may show a problem, for which the command exits with 1: not an error here.
         subprocess.run([*command, *picture], cwd=work, env=env, check=False)
     return 0
 

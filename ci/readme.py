@@ -1,7 +1,7 @@
-"""Write the README's tables from the data that they stand for: ``python3 ci/readme.py``.
+"""Write the README's tables from their data: ``python3 ci/readme.py``.
 
-A test fails while the README and the data differ. The families' data names objects of vLLM, so the
-tables are made in the environment of the default release.
+A test fails if the README and the data differ. The families' data refers to objects of vLLM, so this
+script runs in the environment of the default release.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def main() -> int:
 
 
 def render(text: str) -> str:
-    """Return the README with every generated part made anew, between its two comments."""
+    """Return the README's text with every generated part replaced, between its two comments."""
     return tables.fill(text, TABLES, "ci/readme.py")
 
 
 def demo() -> str:
-    """Return the table of ``ci/demo.py``, as it was last measured."""
+    """Return the table of the last saved results of ``ci/demo.py``."""
     rows = json.loads((RESULTS / "demo.json").read_text())
     return tables.table(
         ("served model", "adapter on", "stock vLLM 0.32.0", "with the plugin"),
@@ -48,37 +48,40 @@ def demo() -> str:
 
 
 def families() -> str:
-    """Return the table of model families, from the one that the tests hold."""
+    """Return the table of model families, from the families of the tests."""
     from support.families import FAMILIES
 
-    verdicts = []
-    alike: dict[tuple[tuple[str, ...], ...], list[str]] = {}  # families with the same lines
+    outcomes = []
+    # Families with the same lines share them in the table.
+    labels_by_lines: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for family in FAMILIES:
         lines = []
         for fused in family.fused:
             modules = ", ".join(module.rpartition(".")[2] for module in fused.modules)
             name = fused.layer.rpartition(".")[2]
             seen = "itself" if modules == name else modules
-            # What stock made of families that are gone is not measured any more.
-            stock = ("",) * 4 if family.until else (_mark(verdict) for verdict in fused.stock)
+            # Stock vLLM is no longer measured on a family that newer releases do not have.
+            stock = ("",) * 4 if family.until else (_mark(outcome.value) for outcome in fused.stock)
             outputs = f"{len(fused.modules)} → {fused.n_outputs}"
-            lines.append((f"`{name}`", seen, outputs, *stock, fused.plugin))
-            verdicts.append(fused.plugin)
+            lines.append((f"`{name}`", seen, outputs, *stock, fused.plugin.value))
+            outcomes.append(fused.plugin.value)
         label = f"{family.name} (to {family.until})" if family.until else family.name
-        alike.setdefault(tuple(dict.fromkeys(lines)), []).append(label)
-    rows = [("; ".join(labels), *line) for lines, labels in alike.items() for line in lines]
+        labels_by_lines.setdefault(tuple(dict.fromkeys(lines)), []).append(label)
+    rows = [
+        ("; ".join(labels), *line) for lines, labels in labels_by_lines.items() for line in lines
+    ]
     headings = ("family", "fused projection", "adapter's modules", "modules → outputs")
     modes = ("TP=1", "TP>1", "sharded, TP=1", "sharded, TP>1")
-    counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("exact", "refused"))
-    assert set(verdicts) == {"exact", "refused"}
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in ("exact", "refused"))
+    assert set(outcomes) == {"exact", "refused"}
     return (
-        f"{len(FAMILIES)} families, {len(verdicts)} fused projections; with the plugin {counts}.\n\n"
+        f"{len(FAMILIES)} families, {len(outcomes)} fused projections; with the plugin {counts}.\n\n"
         f"{tables.table((*headings, *modes, 'plugin'), rows)}"
     )
 
 
 def releases() -> str:
-    """Return the table of releases, from what ``ci/matrix.py`` has written down."""
+    """Return the table of releases, from the figures that ``ci/matrix.py`` has saved."""
     known = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["release"]
     rows = []
     for release in known:
@@ -91,7 +94,7 @@ def releases() -> str:
             peers = result["suites"].get("peers")
             own = f"{peers['passed_off']} → {_figure(peers)}" if peers else ""
             rows.append((release, result["torch"], result["python"], *figures, own))
-    suites = ("unit", "layers", "engine, TP=2", "stock's defects", "vLLM's own, off → on")
+    suites = ("unit", "layers", "engine, TP=2", "stock's defects", "vLLM's own tests, off → on")
     return tables.table(("vLLM", "torch", "Python", *suites), rows)
 
 
@@ -103,8 +106,8 @@ def _figure(counts: dict[str, int] | None) -> str:
 
 
 def defects() -> str:
-    """Return the table of defects."""
-    from vllm_nway_lora.releases import DEFECTS
+    """Return the table of stock vLLM's defects."""
+    from vllm_nway_lora.compat.defects import DEFECTS
 
     rows = []
     for defect in DEFECTS:
@@ -113,17 +116,20 @@ def defects() -> str:
             for thread in defect.upstream
         )
         seen = (
-            f"{s.first} to {s.last or 'now'}" + "".join(f"<br>`{words}`" for words in s.messages)
+            f"{s.first} to {s.last or 'now'}"
+            + "".join(f"<br>`{message}`" for message in s.messages)
             for s in defect.seen
         )
         rows.append((defect.user_sees, "<br>".join(seen), " ".join(threads), defect.retired_by))
-    return tables.table(("stock vLLM", "in, with the words", "upstream", "ended by"), rows)
+    return tables.table(
+        ("defect of stock vLLM", "releases and error text", "upstream", "fixed upstream by"), rows
+    )
 
 
 def _mark(verdict: str) -> str:
-    """Make what is not exact stand out."""
-    word, colon, rest = verdict.partition(":")
-    return verdict if word == "exact" else f"**{word}**{colon}{rest}"
+    """Return a verdict in bold if it is not exact."""
+    outcome, colon, rest = verdict.partition(":")
+    return verdict if outcome == "exact" else f"**{outcome}**{colon}{rest}"
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -1,4 +1,4 @@
-"""Run pytest in a release's environment and read what came out."""
+"""Run pytest in a release's environment and read its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def run_pytest(
     folder: Path = environment.ROOT,
     **variables: str,
 ) -> Path:
-    """Run pytest in a release's environment; return its JUnit report, which a crash leaves out."""
+    """Run pytest in a release's environment; return the path of its JUnit report.
+
+    The report does not exist if pytest crashed or ran for longer than ``LIMIT``.
+    """
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
     command = [str(python), "-P", "-m", "pytest", "--junitxml", str(report), *arguments]
@@ -41,15 +44,18 @@ def run_pytest(
     return report
 
 
-def count(report: Path, path: str = "") -> dict[str, int]:
-    """Return how many tests below ``path`` passed, failed (errors too) and were skipped."""
+def count(report: Path, paths: Sequence[str] = ()) -> dict[str, int]:
+    """Return how many tests below ``paths`` passed, failed (including errors) and were skipped.
+
+    Without ``paths``, count every test.
+    """
     if not report.exists():
         return {"passed": 0, "failed": 1, "skipped": 0}
-    module = path.removesuffix(".py").replace("/", ".")
+    modules = tuple(f"{path.removesuffix('.py').replace('/', '.')}." for path in paths)
     outcomes = [
         outcome(case)
         for case in ElementTree.parse(report).iter("testcase")
-        if f"{case.get('classname')}.".startswith(f"{module}." if module else "")
+        if f"{case.get('classname')}.".startswith(modules or "")
     ]
     return {kind: outcomes.count(kind) for kind in ("passed", "failed", "skipped")}
 

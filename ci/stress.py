@@ -1,6 +1,7 @@
-"""Long runs: ``python3 ci/stress.py mutations`` (10,000 adapters) or ``soak`` (500 steps, TP=2).
+"""Run a long test: ``python3 ci/stress.py mutations`` (10,000 adapters) or ``soak`` (500 steps, TP=2).
 
-Writes ``ci/results/<what>-<release>.json``. ``--count`` makes them shorter or longer.
+The results are saved in ``ci/results/<test>-<release>.json``. ``--count`` changes the number of
+adapters or steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import environment
 
 
 def main() -> int:
-    """Make the environment, then run ``tests/support/stress.py`` in it; return its exit status."""
+    """Create the environment and run ``tests/support/stress.py`` in it; return its exit status."""
     python = environment.release_environment()
     results = environment.ROOT / "ci" / "results"
     return subprocess.call(

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the places between two comments that they are written to."""
+"""Markdown tables, and the places in a text, between two comments, where they are written."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterable, Mapping
 
 
 def fill(text: str, tables: Mapping[str, Callable[[], str]], script: str) -> str:
-    """Return ``text`` with every table made anew, between the comments that name it and ``script``.
+    """Return ``text`` with every table replaced, between the comments with its name and ``script``.
 
     Raises:
-        ValueError: the text has no place for a table.
+        ValueError: the text has no such comments for a table.
     """
     for name, make in tables.items():
         opening, closing = f"<!-- {name}, by {script} -->\n", f"<!-- end of {name} -->"
         before, found, rest = text.partition(opening)
         _, ended, after = rest.partition(closing)
         if not found or not ended:
-            raise ValueError(f"there is no place for the table {name!r} of {script}")
+            raise ValueError(f"the text has no place for the table {name!r} of {script}")
         text = f"{before}{opening}{make()}{closing}{after}"
     return text
 
 
 def table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """Return a table in Markdown."""
+    """Return a Markdown table."""
     lines = [headings, ("---",) * len(headings), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

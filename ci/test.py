@@ -1,4 +1,4 @@
-"""Run every check and test, from a fresh clone: ``python3 ci/test.py``."""
+"""Run every check and every test of a fresh clone: ``python3 ci/test.py``."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ import runner
 
 
 def main() -> int:
-    """Lint and check types; run all tests on the default release and some suites on others.
+    """Lint, check types, run all tests on the default release and some suites on other releases.
 
-    With ``--lint`` only the former; other arguments go to pytest, on the default release alone.
-    Returns 0 if everything passed.
+    With ``--lint``, only lint and check types. Other arguments are passed to pytest, which then runs
+    on the default release only. Return 0 if everything passed.
     """
     lint = environment.lint_environment()
     environment.run(lint, "-m", "ruff", "check")
     environment.run(lint, "-m", "ruff", "format", "--check")
     environment.run(lint, "-m", "mypy")
+    environment.run(lint.parent / "lint-imports")
     if sys.argv[1:] == ["--lint"]:
         return 0
     python = environment.release_environment()
     if sys.argv[1:]:
         return 0 if run_default(python, sys.argv[1:]) else 1
-    # What is one engine per release is in ci/matrix.py.
-    one_per_release = ["tests/engine/test_release.py", "tests/engine/test_release_stock.py"]
-    engines = ["tests/engine", *(f"--ignore={path}" for path in one_per_release)]
+    # ci/matrix.py runs these two, with one engine per release.
+    one_per_release = [
+        f"tests/end_to_end/{name}.py" for name in ("test_release", "test_release_stock")
+    ]
+    engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
     with ThreadPoolExecutor() as pool:
-        # Beside the engines, whose starts leave a core idle.
+        # In parallel with the engines: an engine that starts leaves a core idle.
         rest = pool.submit(run_suites, python)
-        passed = run_default(python, ["tests/unit/test_readme.py", *engines])
+        passed = run_default(python, ["tests/test_readme.py", "tests/test_structure.py", *engines])
         passed = rest.result() and passed
     return 0 if passed else 1
 
 
 def run_default(python: Path, arguments: list[str]) -> bool:
-    """Run pytest on the default release and show what it says."""
+    """Run pytest on the default release and show its output; return whether it passed."""
     environment.say("running the tests")
     status = subprocess.call(
         [python, "-P", "-m", "pytest", *arguments],
@@ -51,9 +54,10 @@ def run_default(python: Path, arguments: list[str]) -> bool:
 
 
 def run_suites(default: Path) -> bool:
-    """Run the suites of ``eras`` in ci/matrix.toml; show the log of those that fail.
+    """Run the suites of ``eras`` in ci/matrix.toml; show the log of each release that fails.
 
-    ``default`` is the Python of the default release, whose environment is in use by then.
+    ``default`` is the Python of the default release. The engines use its environment at the
+    same time, so the wheel must not be installed in it again. Return whether everything passed.
     """
     passed = True
     for release, suites in environment.matrix()["eras"].items():

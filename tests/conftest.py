@@ -1,4 +1,4 @@
-"""Fixtures that more than one suite uses."""
+"""Fixtures that several suites use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.ranks import Ranks
 
 @pytest.fixture(scope="session", params=[1, 2, 4], ids="tp{}".format)
 def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    """A tensor-parallel group of real processes, kept for all tests of its size."""
+    """Yield a tensor-parallel group of real processes; all tests of one size share it."""
     group = Ranks(request.param)
     yield group
     group.close()

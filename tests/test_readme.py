@@ -1,4 +1,4 @@
-"""The README's tables say what their data says."""
+"""The tables of the README and of the benchmarks equal their data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import tomllib
+from vllm_nway_lora.compat.releases import KNOWN, TESTED
 
-from vllm_nway_lora.releases import KNOWN, TESTED
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def script(path: str) -> ModuleType:
@@ -23,12 +22,12 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def test_the_tables_are_up_to_date() -> None:
+def test_tables_are_up_to_date() -> None:
     text = (ROOT / "README.md").read_text()
     assert script("ci/readme.py").render(text) == text, "run `python3 ci/readme.py`"
 
 
-def test_the_benchmarks_tables_and_plots_are_up_to_date() -> None:
+def test_tables_and_plots_of_the_benchmarks_are_up_to_date() -> None:
     report = script("benchmarks/report.py")
     text = (ROOT / "benchmarks" / "README.md").read_text()
     assert report.render(text) == text, "run `python3 benchmarks/run.py report`"
@@ -36,10 +35,10 @@ def test_the_benchmarks_tables_and_plots_are_up_to_date() -> None:
         assert (ROOT / "benchmarks" / "results" / name).read_text() == draw()
 
 
-def test_tested_releases_are_those_that_have_passed() -> None:
+def test_tested_releases_have_passed() -> None:
     matrix = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())
     assert tuple(matrix["release"]) == KNOWN
-    passed = {matrix["default"]}  # by what runs this test
+    passed = {matrix["default"]}  # this test runs with the suites of the default release
     for release in KNOWN:
         path = ROOT / "ci" / "results" / f"{release}.json"
         suites = json.loads(path.read_text())["suites"] if path.exists() else {}

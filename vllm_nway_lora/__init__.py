@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact LoRA on projections that vLLM fuses N-way, as a vLLM general plugin.
 
-vLLM imports this module in every one of its processes and only logs an import error, so nothing
-but the standard library is imported here; the work happens inside the functions.
+vLLM imports this module in every one of its processes, and only logs an import error. This module
+therefore imports nothing outside the standard library; the functions import what they use.
 """
 
 __version__ = "0.1.0"
@@ -12,20 +12,20 @@ __all__ = ["__version__", "register", "unregister"]
 def register() -> None:
     """Turn the plugin on in this process, as ``VLLM_NWAY_LORA`` says (entry point ``nway_lora``).
 
-    May be called any number of times. Patches vLLM's modules only once they are imported, and
-    imports neither torch nor ``vllm.lora`` by itself.
+    Can be called any number of times. Patches a module of vLLM when that module is imported, and
+    imports neither torch nor ``vllm.lora``.
 
     Raises:
-        ValueError: ``VLLM_NWAY_LORA`` is none of the values it can take.
-        RuntimeError: ``VLLM_NWAY_LORA=strict`` and the plugin cannot do its whole job here.
+        ValueError: ``VLLM_NWAY_LORA`` has an invalid value.
+        RuntimeError: ``VLLM_NWAY_LORA=strict``, and a patch cannot be applied in this process.
     """
-    from vllm_nway_lora import patches
+    from vllm_nway_lora.compat import registration
 
-    patches.register()
+    registration.register()
 
 
 def unregister() -> None:
-    """Undo every patch of this process; layers that were already built stay as they are."""
-    from vllm_nway_lora import patches
+    """Undo every patch of this process. Layers that already exist stay as they are."""
+    from vllm_nway_lora.compat import registration
 
-    patches.unregister()
+    registration.unregister()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m vllm_nway_lora``."""
+"""Run the command: ``python -m vllm_nway_lora``."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one setting, ``VLLM_NWAY_LORA``, and how vLLM learns its name."""
+"""The one setting, ``VLLM_NWAY_LORA``, and its registration with vLLM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VARIABLE = "VLLM_NWAY_LORA"
 
 
 class Mode(enum.Enum):
-    """What ``VLLM_NWAY_LORA`` asks for."""
+    """The values of ``VLLM_NWAY_LORA``."""
 
     ON = "1"
     OFF = "0"
@@ -27,26 +27,25 @@ def read_mode() -> Mode:
     """Return the mode that the environment asks for; unset or empty is ``Mode.ON``.
 
     Raises:
-        ValueError: the value is none of ``1``, ``0``, ``strict`` and ``lenient``.
+        ValueError: the value is not ``1``, ``0``, ``strict`` or ``lenient``.
     """
     value = os.environ.get(VARIABLE, "").strip().lower() or Mode.ON.value
     try:
         return Mode(value)
     except ValueError:
         raise ValueError(
-            f"{VARIABLE}={os.environ[VARIABLE]!r} is not a value of this variable. Set it to one "
-            "of: 1 (on, the default), 0 (off: vLLM is left as it is), strict (refuse to start "
-            "where vllm-nway-lora cannot do its whole job), lenient (serve adapters without the "
-            "modules that have no layer in the model)."
+            f"{VARIABLE}={os.environ[VARIABLE]!r} is not a valid value. Set it to one of: 1 (on, the "
+            "default), 0 (off: vLLM stays unchanged), strict (refuse to start if a patch cannot be "
+            "applied), lenient (serve adapters without the modules that have no layer in the model)."
         ) from None
 
 
 def declare_to_vllm() -> None:
-    """Add the variable to ``vllm.envs``, at once or when that module is imported.
+    """Add the variable to ``vllm.envs``, now or when that module is imported.
 
-    vLLM 0.32.0 refuses to start on a ``VLLM_*`` variable that it does not know under
-    ``--fail-on-environ-validation`` and warns of it otherwise; and it hashes the variables that it
-    does know into the key of its compile cache (``vllm/envs.py``: ``compile_factors``).
+    vLLM 0.32.0 warns of a ``VLLM_*`` variable that it does not know, and refuses to start under
+    ``--fail-on-environ-validation``. It hashes the variables that it knows into the key of its
+    compile cache (``vllm/envs.py``: ``compile_factors``).
     """
     wrapt.register_post_import_hook(_declare, "vllm.envs")
 
@@ -56,6 +55,6 @@ def _declare(envs: ModuleType) -> None:
 
 
 def _cache_key() -> str:
-    # The plugin's version is in it so that a graph compiled with one version's slices is never
-    # reused with another's. vLLM reads the value for its cache key and for nothing else.
+    # The value contains the plugin's version, so that a graph compiled with one version's slices is
+    # never reused with another's. vLLM reads the value only for its cache key.
     return f"{read_mode().value} (vllm-nway-lora {__version__})"

@@ -1,4 +1,4 @@
-"""Adapters are admitted whole or refused before anything changes, on vLLM's own LoRA manager."""
+"""vLLM's own LoRA manager admits an adapter whole, or refuses it before anything changes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_good_adapters_are_admitted(ranks: Ranks, tmp_path: Path, fully_sharded:
             assert all(ranks.run(manager.is_exact, seed + 1, folder)), modules
 
 
-def test_a_line_says_what_is_applied(ranks: Ranks, tmp_path: Path) -> None:
+def test_log_line_names_what_is_applied(ranks: Ranks, tmp_path: Path) -> None:
     tensors = tiny.tensors(
         0, [f"{LAYER.removeprefix(PREFIX)}{m}" for m in ("mlp.down_proj", "linear_attn.in_proj_z")]
     )
@@ -55,14 +55,14 @@ def test_a_line_says_what_is_applied(ranks: Ranks, tmp_path: Path) -> None:
         )
 
 
-#: What is added to (or, None, taken from) a good adapter's tensors; its config; words of the error.
+#: Case -> tensors to add to a good adapter (None: to remove), its config, part of the error.
 REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] = {
     "no B": ({Q + B: None}, {}, "module model.layers.0.self_attn.q_proj: it has LoRA-A but no LoRA-B"),
     "no A": ({Z + A: None}, {}, "module model.layers.0.linear_attn.in_proj_z: it has LoRA-B but no"),
     "too few rows": ({Q + B: ones(31, RANK)}, {}, "QKVParallelLinear): expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)"),
     "too many rows": ({Q + B: ones(64, RANK)}, {}, "LoRA-B (32, r), found (4, 32) and (64, 4)"),
-    "too few rows, N-way": ({Z + B: ones(31, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-B with 32 rows, found 31"),
-    "half the rows, N-way": ({Z + B: ones(16, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-B with 32 rows, found 16"),
+    "too few rows, N-way": ({Z + B: ones(31, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)"),
+    "half the rows, N-way": ({Z + B: ones(16, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (16, 4)"),
     "too few columns": ({ROUTER + A: ones(RANK, 31)}, {}, "ReplicatedLinear): expected LoRA-A (r, 32)"),
     "ranks differ": ({Q + A: ones(3, 32)}, {}, "the ranks of LoRA-A (3, 32) and LoRA-B (32, 4) differ"),
     "another rank than configured": (pair(Q, 32, 32, rank=2), {}, "adapter_config.json says rank 4, found LoRA-A (2, 32)"),
@@ -84,7 +84,9 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] =
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusals_say_what_and_change_nothing(ranks: Ranks, tmp_path: Path, case: str) -> None:
+def test_refusal_names_the_fault_and_changes_nothing(
+    ranks: Ranks, tmp_path: Path, case: str
+) -> None:
     changes, config, words = REFUSED[case]
     tensors = {**tiny.tensors(0), **changes}
     kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -99,16 +101,14 @@ def test_refusals_say_what_and_change_nothing(ranks: Ranks, tmp_path: Path, case
         assert attempt.good, attempt
 
 
-def test_an_adapter_without_tensors_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+def test_adapter_without_tensors_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(manager.start)
     folder = tiny.save(tmp_path / "empty", {})
     for error in ranks.run(manager.add, "empty", 1, folder):
         assert "it has no LoRA tensors" in error
 
 
-def test_settings_that_a_release_ignores_are_refused_or_followed(
-    ranks: Ranks, tmp_path: Path
-) -> None:
+def test_setting_that_a_release_ignores_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     from vllm.lora.peft_helper import PEFTHelper
 
     follows = "alpha_pattern" in PEFTHelper.__dataclass_fields__  # from 0.32.0 on
@@ -126,7 +126,7 @@ def test_settings_that_a_release_ignores_are_refused_or_followed(
 def test_mutations_are_exact_or_refused(
     ranks: Ranks, tmp_path: Path, adapter: mutations.Adapter
 ) -> None:
-    """``python3 ci/mutations.py`` does the same with 10,000 of them."""
+    """``python3 ci/stress.py mutations`` does the same with 10,000 of them."""
     resident = tmp_path / "resident"
     if not resident.exists():
         tiny.save(resident, tiny.tensors(99))
@@ -166,18 +166,23 @@ class TestExemptions:
         folder = tiny.save(tmp_path / "a", language | tower)
         assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
         for [warning] in ranks.run(manager.said, logging.WARNING):
-            assert "is served without visual.attn.proj: this server has LoRA on no such" in warning
+            assert (
+                "is served without visual.attn.proj: this server has no LoRA on that part"
+                in warning
+            )
         nowhere = pair(f"{PREFIX}visual.other.proj", 32, 32)
         folder = tiny.save(tmp_path / "b", language | nowhere)
         for error in ranks.run(manager.add, "b", 2, folder):
             assert "module visual.other.proj: this model has no such layer" in error
 
 
-def test_a_fused_layer_that_vllm_does_not_wrap(ranks: Ranks, tmp_path: Path) -> None:
+def test_adapter_on_fused_layer_that_vllm_does_not_wrap_is_refused(
+    ranks: Ranks, tmp_path: Path
+) -> None:
     try:
         wrapped = ranks.run(manager.start, unwrappable=True)
     except RuntimeError as error:
-        assert "must be a BaseLayerWithLoRA" in str(error)  # to 0.19.1 the engine does not start
+        assert "must be a BaseLayerWithLoRA" in str(error)  # until 0.19.1 the engine does not start
         return
     folder = tiny.save(tmp_path / "a", tiny.tensors(0))
     assert any("gate_up_proj" in name for name in wrapped[0]) == (ranks.size == 1)
@@ -187,13 +192,13 @@ def test_a_fused_layer_that_vllm_does_not_wrap(ranks: Ranks, tmp_path: Path) -> 
         return
     for error in ranks.run(manager.add, "a", 1, folder):
         assert (
-            "module model.layers.0.mlp.gate_proj: vLLM would ignore it, since its layer "
+            "module model.layers.0.mlp.gate_proj: vLLM would ignore it, because its layer "
             "model.layers.0.mlp.gate_up_proj (GateUp) takes no LoRA"
         ) in error
         assert "VLLM_NWAY_LORA=lenient serves adapters without" in error
 
 
-def test_lenient_serves_the_rest_and_says_what_it_drops(ranks: Ranks, tmp_path: Path) -> None:
+def test_lenient_mode_serves_the_rest_and_logs_what_it_drops(ranks: Ranks, tmp_path: Path) -> None:
     extra = pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32)
     folder = tiny.save(tmp_path / "a", tiny.tensors(0) | extra)
     ranks.run(manager.start, mode="lenient")
@@ -201,33 +206,35 @@ def test_lenient_serves_the_rest_and_says_what_it_drops(ranks: Ranks, tmp_path: 
     assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
     for [warning] in ranks.run(manager.said, logging.WARNING):
         assert (
-            "served without part of it, as VLLM_NWAY_LORA=lenient says: module model.layers.7."
+            "served without part of it, because VLLM_NWAY_LORA=lenient: module model.layers.7."
             in (warning)
         )
-    # What has a layer must still fit it.
+    # A module that has a layer must still fit it.
     folder = tiny.save(tmp_path / "b", tiny.tensors(0) | {Q + B: ones(31, RANK)})
     for error in ranks.run(manager.add, "b", 2, folder):
         assert "expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)" in error
 
 
-def test_a_bad_replacement_leaves_the_old_adapter(ranks: Ranks, tmp_path: Path) -> None:
+def test_refused_replacement_leaves_the_old_adapter(ranks: Ranks, tmp_path: Path) -> None:
     good = tiny.save(tmp_path / "good", tiny.tensors(0))
     bad = tiny.save(tmp_path / "bad", tiny.tensors(1) | {Z + B: ones(16, RANK)})
     ranks.run(manager.start)
     assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
-    assert all("found 16" in error for error in ranks.run(manager.add, "a", 1, bad, True))
+    assert all(
+        "found (4, 32) and (16, 4)" in error for error in ranks.run(manager.add, "a", 1, bad, True)
+    )
     assert all(ranks.run(manager.is_exact, 1, good))
 
 
-#: What vLLM's own classes serve rightly, so that a test looks at one defect.
+#: Modules that vLLM's own classes serve exactly, so that a test depends on one defect only.
 STOCK_MODULES = [module for module in SHAPES if "in_proj" not in module]
 
 
 class TestStock:
-    """What vLLM does without this package; a test fails when upstream has mended its defect."""
+    """vLLM without this package. A test fails when upstream has fixed its defect."""
 
     @pytest.mark.parametrize("what", ["too few rows", "a layer that is not there"])
-    def test_it_serves_adapters_in_part(self, ranks: Ranks, tmp_path: Path, what: str) -> None:
+    def test_stock_serves_adapters_in_part(self, ranks: Ranks, tmp_path: Path, what: str) -> None:
         ranks.run(manager.start, mode="0")
         tensors = tiny.tensors(0, STOCK_MODULES)
         if what == "too few rows":
@@ -237,7 +244,7 @@ class TestStock:
         folder = tiny.save(tmp_path / "a", tensors)
         assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
 
-    def test_a_bad_replacement_takes_the_old_adapter_away(
+    def test_stock_loses_the_old_adapter_on_failed_replacement(
         self, ranks: Ranks, tmp_path: Path
     ) -> None:
         tensors = tiny.tensors(0, STOCK_MODULES)

@@ -1,4 +1,4 @@
-"""What the plugin does to a process: nothing when off, next to nothing where LoRA is not built."""
+"""The plugin's effect on a process: none when off, a few patches on import when on."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ import vllm
 from support.processes import evaluate, run_python
 
 import vllm_nway_lora
-from vllm_nway_lora import patches
+from vllm_nway_lora.compat import groups, registration
 
-#: What this release needs.
+#: The patches that the installed release needs.
 PATCHES = tuple(
-    patch for group in patches.GROUPS if group.needed(vllm.__version__) for patch in group.patches
+    patch
+    for group in groups.GROUPS
+    if groups.is_needed(group, vllm.__version__)
+    for patch in group.patches
 )
 
-# Every attribute of every vLLM module that the anchors bring in, and of every class there, by what
-# it is called, not where it lies; what goes into the key of vLLM's compile cache; and what vLLM says
-# of its environment.
+# Prints three things: a description, without addresses, of every attribute of every vLLM module that
+# the anchors import and of every class there; the variable's part of the key of vLLM's compile
+# cache; vLLM's complaint about its environment.
 SNAPSHOT = """
 import importlib, json, sys
 from vllm.plugins import load_general_plugins
@@ -36,7 +39,7 @@ check = getattr(current_platform, "validate_environ", None) or envs.validate_env
 def describe(value, depth=2):
     if isinstance(value, (tuple, list)) and depth:
         return [describe(item, depth - 1) for item in value]
-    if isinstance(value, (set, frozenset)) and depth:  # in no order that two processes share
+    if isinstance(value, (set, frozenset)) and depth:  # its order differs between processes
         return sorted(json.dumps(describe(item, depth - 1)) for item in value)
     kind = type(value).__name__
     if kind in ("function", "type", "FunctionWrapper", "builtin_function_or_method", "module"):
@@ -65,22 +68,22 @@ print(json.dumps([attributes, envs.compile_factors().get("VLLM_NWAY_LORA"), comp
 
 @pytest.fixture(scope="module")
 def snapshots() -> dict[str, tuple[dict[str, Any], str | None, str]]:
-    """vLLM without the plugin (its name filtered out), with it off, and with it on."""
+    """Snapshots of vLLM without the plugin (filtered out by name), with it off and with it on."""
     environments: dict[str, dict[str, str]] = {
         "without": {"VLLM_NWAY_LORA": "0", "VLLM_PLUGINS": "lora_filesystem_resolver"},
         "off": {"VLLM_NWAY_LORA": "0", "VLLM_PLUGINS": "lora_filesystem_resolver,nway_lora"},
         "on": {"VLLM_NWAY_LORA": "1", "VLLM_PLUGINS": "lora_filesystem_resolver,nway_lora"},
     }
-    code = f"ANCHORS = {[group.anchor for group in patches.GROUPS]}\n{SNAPSHOT}"
+    code = f"ANCHORS = {[group.anchor for group in groups.GROUPS]}\n{SNAPSHOT}"
     return {name: evaluate(code, **values) for name, values in environments.items()}
 
 
-def test_off_leaves_vllm_as_it_is(snapshots: dict[str, Any]) -> None:
+def test_off_leaves_vllm_unchanged(snapshots: dict[str, Any]) -> None:
     without, off, on = (snapshots[name][0] for name in ("without", "off", "on"))
     assert off == without
-    # The same comparison sees each patch of a process that has the plugin on, and no more.
+    # The same comparison finds exactly the patches of a process with the plugin on.
     changed = {name for name in without if on.get(name) != without[name]}
-    assert changed == {f"{patch.module}.{patch.attribute}" for patch in PATCHES}
+    assert changed == {str(patch.target) for patch in PATCHES}
 
 
 def test_vllm_knows_the_variable(snapshots: dict[str, Any]) -> None:
@@ -88,14 +91,14 @@ def test_vllm_knows_the_variable(snapshots: dict[str, Any]) -> None:
     assert snapshots["off"][2] == snapshots["on"][2] == ""
 
 
-def test_a_compile_cache_is_never_shared(snapshots: dict[str, Any]) -> None:
+def test_compile_cache_key_depends_on_plugin(snapshots: dict[str, Any]) -> None:
     without, off, on = (snapshots[name][1] for name in ("without", "off", "on"))
     assert without is None
     assert off != on
     assert vllm_nway_lora.__version__ in on
 
 
-def test_the_entry_point_is_register() -> None:
+def test_entry_point_is_register() -> None:
     [entry_point] = entry_points(group="vllm.general_plugins", name="nway_lora")
     assert entry_point.load() is vllm_nway_lora.register
 
@@ -123,21 +126,21 @@ def test_register_in_a_vllm_process_imports_nothing_of_vllm() -> None:
         print(json.dumps(sorted(set(sys.modules) - before)))
         """
     )
-    assert "vllm_nway_lora.patches" in added
+    assert "vllm_nway_lora.compat.groups" in added
     assert not [name for name in added if name.startswith(("vllm.", "torch"))]
 
 
 @pytest.mark.parametrize("value", ["2", "true", "on", "strict!"])
-def test_a_value_that_is_none_is_an_error_that_lists_them(value: str) -> None:
+def test_invalid_value_raises_error_that_lists_valid_values(value: str) -> None:
     done = run_python("import vllm_nway_lora; vllm_nway_lora.register()", VLLM_NWAY_LORA=value)
     assert done.returncode != 0
-    for words in (f"VLLM_NWAY_LORA='{value}'", "1 (on", "0 (off", "strict (refuse"):
-        assert words in done.stderr
+    for text in (f"VLLM_NWAY_LORA='{value}'", "1 (on", "0 (off", "strict (refuse"):
+        assert text in done.stderr
 
 
 @pytest.fixture
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """vLLM's module with the table of LoRA classes, in this process, without the plugin."""
+    """Return vLLM's module with the table of LoRA classes, the plugin being off."""
     import vllm.entrypoints.openai.models.serving
     import vllm.lora.utils
     import vllm.lora.worker_manager
@@ -150,7 +153,7 @@ def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     vllm_nway_lora.unregister()
 
 
-def test_register_and_unregister_any_number_of_times(utils: ModuleType) -> None:
+def test_register_and_unregister_can_be_repeated(utils: ModuleType) -> None:
     stock = utils._all_lora_classes
     for _ in range(2):
         vllm_nway_lora.register()
@@ -162,15 +165,15 @@ def test_register_and_unregister_any_number_of_times(utils: ModuleType) -> None:
         vllm_nway_lora.unregister()
         vllm_nway_lora.unregister()
         assert utils._all_lora_classes is stock
-        assert not patches.applied()
+        assert not registration.applied()
 
 
 @pytest.mark.parametrize(
     ("value", "on"), [("", True), ("1", True), ("strict", True), ("lenient", True), ("0", False)]
 )
-def test_the_values(
+def test_valid_values(
     utils: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, on: bool
 ) -> None:
     monkeypatch.setenv("VLLM_NWAY_LORA", value)
     vllm_nway_lora.register()
-    assert patches.applied() == (PATCHES if on else ())
+    assert registration.applied() == (PATCHES if on else ())

@@ -1,4 +1,4 @@
-"""The command: what it says of an installation, and how it exits."""
+"""The command ``vllm-nway-lora``: the report of ``doctor``, exit statuses, wrong usage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def doctor(before: str = "", **environment: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, json.loads(done.stdout[done.stdout.index("{\n") :])
 
 
-def test_doctor_finds_all_well() -> None:
+def test_doctor_reports_healthy_installation() -> None:
     status, report = doctor()
     assert status == 0, report
     assert report["healthy"]
@@ -33,19 +33,19 @@ def test_doctor_finds_all_well() -> None:
     assert set(report["selftest"].values()) == {"exact"}
 
 
-def test_doctor_says_first_that_the_plugin_is_filtered_out() -> None:
+def test_doctor_reports_filtered_plugin_first() -> None:
     status, report = doctor(VLLM_PLUGINS="lora_filesystem_resolver")
     assert status == 1
     assert report["warnings"][0].startswith("VLLM_PLUGINS='lora_filesystem_resolver' filters")
 
 
-def test_doctor_says_that_the_plugin_is_off() -> None:
+def test_doctor_reports_that_plugin_is_off() -> None:
     status, report = doctor(VLLM_NWAY_LORA="0")
     assert status == 1
     assert report["warnings"] == ["VLLM_NWAY_LORA=0: the plugin is off"]
 
 
-def test_doctor_names_an_attribute_that_is_not_there() -> None:
+def test_doctor_names_missing_attribute() -> None:
     status, report = doctor(
         "import vllm.lora.utils as u; u._lora_classes = u.__dict__.pop('_all_lora_classes')"
     )
@@ -55,7 +55,7 @@ def test_doctor_names_an_attribute_that_is_not_there() -> None:
     assert "aside" in states <= {"aside", "not needed here"}
 
 
-def test_doctor_names_who_replaced_a_target_before_us() -> None:
+def test_doctor_names_earlier_replacement_of_a_target() -> None:
     _, report = doctor(
         """
 import types
@@ -70,7 +70,7 @@ m.process_packed_modules_mapping = other
 
 
 @pytest.mark.parametrize("command", ["check", "plan"])
-def test_a_model_that_is_not_there_is_wrong_usage(tmp_path: Path, command: str) -> None:
+def test_missing_model_folder_is_wrong_usage(tmp_path: Path, command: str) -> None:
     arguments = [command, str(tmp_path), *([str(tmp_path)] if command == "check" else [])]
     done = run_python(
         f"import sys; from vllm_nway_lora.cli import main; sys.exit(main({arguments!r}))"

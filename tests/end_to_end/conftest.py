@@ -1,12 +1,12 @@
-"""Fixtures for engines."""
+"""Fixtures for tests with engines."""
 
 from __future__ import annotations
 
 import pytest
-from support.adapters import Served
-from support.release import make
+from support.adapters import ServedModel
+from support.release import save_model_of_release
 
 
 @pytest.fixture(scope="session")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return make(tmp_path_factory.mktemp("served"))
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return save_model_of_release(tmp_path_factory.mktemp("served"))

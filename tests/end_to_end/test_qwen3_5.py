@@ -1,4 +1,7 @@
-"""Qwen3.5 on a real server, every adapter against PEFT: logprobs, and greedy tokens over 16 steps."""
+"""Tests of Qwen3.5 on a real server: every adapter is compared with PEFT.
+
+The tests compare logprobs, and the greedy tokens of 16 steps.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.adapters import QWEN3_5, Served, make, prompts
+from support.adapters import QWEN3_5, ServedModel, prompts, save_served_model
 from support.checkpoints import save_qwen3_5
-from support.foretold import foretell
+from support.predictions import predict_outcomes
 from support.server import Server, ServerError
+
+from vllm_nway_lora.diagnosis.report import Outcome
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return make(tmp_path_factory.mktemp("qwen3_5"), save_qwen3_5, QWEN3_5)
+def served(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return save_served_model(tmp_path_factory.mktemp("qwen3_5"), save_qwen3_5, QWEN3_5)
 
 
 class Setup(NamedTuple):
@@ -34,98 +39,103 @@ class Setup(NamedTuple):
     ),
 )  # fmt: skip
 def setup(request: pytest.FixtureRequest) -> Setup:
-    made: Setup = request.param
-    return made
+    chosen: Setup = request.param
+    return chosen
 
 
 @pytest.fixture(scope="module")
 def server(
-    setup: Setup, checkpoint: Served, tmp_path_factory: pytest.TempPathFactory
+    setup: Setup, served: ServedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A server with the plugin on, half of the adapters given on its command line."""
-    at_start = list(checkpoint.adapters)[::2]
-    arguments = ["--lora-modules", *(f"{name}={checkpoint.adapters[name]}" for name in at_start)]
+    """Yield a server with the plugin and all adapters.
+
+    Half of the adapters are loaded from the command line, the others by requests.
+    """
+    at_start = list(served.adapters)[::2]
+    arguments = ["--lora-modules", *(f"{name}={served.adapters[name]}" for name in at_start)]
     if setup.fully_sharded:
         arguments.append("--fully-sharded-loras")
     with Server(
-        checkpoint.folder,
+        served.folder,
         tmp_path_factory.mktemp("server") / "log",
         *arguments,
         plugin=True,
         tensor_parallel_size=setup.tensor_parallel_size,
         compiled=setup.compiled,
     ) as running:
-        for name, folder in checkpoint.adapters.items():
+        for name, folder in served.adapters.items():
             if name not in at_start:
                 running.load(name, folder)
         yield running
 
 
-def test_every_adapter_equals_peft(server: Server, setup: Setup, checkpoint: Served) -> None:
-    """And ``check`` has said so."""
-    for name in checkpoint.adapters:
+def test_every_adapter_equals_peft_and_prediction(
+    server: Server, setup: Setup, served: ServedModel
+) -> None:
+    for name in served.adapters:
         for prompt in prompts():
-            comparison = checkpoint.reference.compare(name, server.complete(name, prompt))
-            assert comparison.exact, (name, comparison)
-    foretold = foretell(
-        checkpoint.folder,
-        checkpoint.adapters,
+            comparison = served.reference.compare(name, server.complete(name, prompt))
+            assert comparison.is_exact, (name, comparison)
+    predicted = predict_outcomes(
+        served.folder,
+        served.adapters,
         ["--fully-sharded-loras"] * setup.fully_sharded,
         plugin=True,
         tensor_parallel_size=setup.tensor_parallel_size,
     )
-    assert foretold == dict.fromkeys(checkpoint.adapters, "exact")
+    assert predicted == dict.fromkeys(served.adapters, Outcome.EXACT)
 
 
-def test_adapters_share_batches(server: Server, checkpoint: Served) -> None:
-    requests = [(name, prompt) for prompt in prompts() for name in checkpoint.adapters]
+def test_adapters_in_one_batch_equal_peft(server: Server, served: ServedModel) -> None:
+    requests = [(name, prompt) for prompt in prompts() for name in served.adapters]
     with ThreadPoolExecutor(len(requests)) as pool:
         answers = pool.map(lambda r: server.complete(*r, score_prompt=False), requests)
         for (name, _), answer in zip(requests, answers, strict=True):
-            comparison = checkpoint.reference.compare(name, answer)
-            assert comparison.exact, (name, comparison)
+            comparison = served.reference.compare(name, answer)
+            assert comparison.is_exact, (name, comparison)
 
 
-def test_the_base_model_is_as_it_was(server: Server, checkpoint: Served) -> None:
+def test_base_model_equals_transformers(server: Server, served: ServedModel) -> None:
     for prompt in prompts():
-        comparison = checkpoint.reference.compare(None, server.complete(server.models()[0], prompt))
+        comparison = served.reference.compare(None, server.complete(server.models()[0], prompt))
         assert comparison.error < 0.2, comparison
 
 
-def test_unload_and_load_again(server: Server, checkpoint: Served) -> None:
+def test_unloaded_adapters_are_gone_and_load_again(server: Server, served: ServedModel) -> None:
     for name in ("z", "qkv"):
         server.unload(name)
         with pytest.raises(ServerError, match="404"):
             server.complete(name, prompts(1)[0])
-    # In the other order, so that each gets the slot that the other had.
+    # Reverse order, so each adapter gets the slot that the other one had.
     for name in ("qkv", "z"):
-        server.load(name, checkpoint.adapters[name])
-    for name in checkpoint.adapters:
-        comparison = checkpoint.reference.compare(name, server.complete(name, prompts(1)[0]))
-        assert comparison.exact, (name, comparison)
+        server.load(name, served.adapters[name])
+    for name in served.adapters:
+        comparison = served.reference.compare(name, server.complete(name, prompts(1)[0]))
+        assert comparison.is_exact, (name, comparison)
 
 
-def test_the_plugin_says_that_it_is_on(server: Server) -> None:
-    said = [line for line in server.log.read_text().splitlines() if "] vllm-nway-lora " in line]
-    lines = [line for line in said if "is on for vLLM" in line]
+def test_each_worker_logs_once_that_plugin_is_on(server: Server) -> None:
+    log = server.log.read_text().splitlines()
+    plugin_lines = [line for line in log if "] vllm-nway-lora " in line]
+    lines = [line for line in plugin_lines if "is on for vLLM" in line]
     assert lines
-    assert all(" INFO " in line for line in said)
+    assert all(" INFO " in line for line in plugin_lines)
     workers = {line.partition(")")[0] for line in lines}
-    assert len(workers) == len(lines)  # one line per worker, none elsewhere
+    assert len(workers) == len(lines)
 
 
-def test_stock_vllm_refuses_z_alone(checkpoint: Served, tmp_path: Path) -> None:
-    """The defect that this package mends; fails when upstream mends it (vllm-project/vllm#57851)."""
-    foretold = foretell(
-        checkpoint.folder, checkpoint.adapters, plugin=False, tensor_parallel_size=1
+def test_stock_vllm_refuses_z_alone(served: ServedModel, tmp_path: Path) -> None:
+    """Fails if a later release of vLLM fixes this defect (vllm-project/vllm#57851)."""
+    predicted = predict_outcomes(
+        served.folder, served.adapters, plugin=False, tensor_parallel_size=1
     )
-    assert {name for name, word in foretold.items() if word != "exact"} == {"z"}
-    assert foretold["z"] == "refused"
-    with Server(checkpoint.folder, tmp_path / "log", plugin=False) as stock:
+    exact = dict.fromkeys(served.adapters, Outcome.EXACT)
+    assert predicted == exact | {"z": Outcome.REFUSED}
+    with Server(served.folder, tmp_path / "log", plugin=False) as stock:
         with pytest.raises(ServerError, match="Cannot determine how to split lora_b with 512 rows"):
-            stock.load("z", checkpoint.adapters["z"])
+            stock.load("z", served.adapters["z"])
         for name in ("qkv+z", "qkv", "a", "b", "all"):
-            stock.load(name, checkpoint.adapters[name])
-            comparison = checkpoint.reference.compare(name, stock.complete(name, prompts(1)[0]))
-            assert comparison.exact, (name, comparison)
+            stock.load(name, served.adapters[name])
+            comparison = served.reference.compare(name, stock.complete(name, prompts(1)[0]))
+            assert comparison.is_exact, (name, comparison)
         assert "] vllm-nway-lora " not in stock.log.read_text()

@@ -1,31 +1,38 @@
-"""Refusals on real engines: the server goes on serving, exactly; stock vLLM does not."""
+"""Tests of refusals on real engines: the server keeps serving exactly; stock vLLM does not."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from support import damage
-from support.adapters import ATTENTION, MLP, Answer, Reference, prompts, save_adapter
-from support.checkpoints import save_llama, save_qwen3_5
-from support.foretold import foretell
-from support.processes import run_python
-from support.server import Server, ServerError, engine_environment
+from support.adapters import Reference, prompts, save_adapter
+from support.checkpoints import save_qwen3_5
+from support.predictions import predict_outcomes
+from support.server import Server, ServerError
 from support.stress import Soak
 
-from vllm_nway_lora import __version__
+from vllm_nway_lora.diagnosis.report import Outcome
 
 MODULES = ("in_proj_qkv", "in_proj_z", "q_proj", "down_proj")
 
-#: Fewer slots than adapters, so that loading one more evicts the one used longest ago.
+#: Fewer slots than adapters, so loading a fourth adapter evicts the least recently used one.
 SLOTS = ("--max-loras", "3", "--max-cpu-loras", "3")
 
 
 class Adapters(NamedTuple):
+    """A checkpoint with good and bad adapters.
+
+    Attributes:
+        checkpoint: the model's folder.
+        good: name -> adapter folder.
+        bad: name of the damage -> (adapter folder, part of the refusal's message).
+        reference: PEFT with the good adapters.
+    """
+
     checkpoint: Path
     good: dict[str, Path]
     bad: dict[str, tuple[Path, str]]
@@ -41,8 +48,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Adapters:
         for seed, name in enumerate("abcd")
     }
     bad = {
-        change.__name__: (damage.copy(good["a"], root / change.__name__, change), words)
-        for change, words in damage.DAMAGES.items()
+        change.__name__: (damage.copy_adapter(good["a"], root / change.__name__, change), message)
+        for change, message in damage.DAMAGES.items()
     }
     return Adapters(checkpoint, good, bad, Reference(checkpoint, good))
 
@@ -55,24 +62,28 @@ def server(adapters: Adapters, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def assert_exact(server: Server, adapters: Adapters, name: str, served_as: str = "") -> None:
+    """Assert that a good adapter, served under ``served_as`` or its own name, equals PEFT."""
     answer = server.complete(served_as or name, prompts(1)[0])
     comparison = adapters.reference.compare(name, answer)
-    assert comparison.exact, (name, comparison)
+    assert comparison.is_exact, (name, comparison)
 
 
-def test_a_refused_adapter_then_a_good_one(server: Server, adapters: Adapters) -> None:
-    """And ``check`` has said so, but for a NaN: it reads no values."""
-    folders = adapters.good | {what: folder for what, (folder, _) in adapters.bad.items()}
-    expected = {name: "refused" if name in adapters.bad else "exact" for name in folders}
-    foretold = foretell(adapters.checkpoint, folders, plugin=True, tensor_parallel_size=2)
-    assert foretold == expected | {damage.poison.__name__: "exact"}
-    for number, (what, (folder, words)) in enumerate(adapters.bad.items()):
+def test_good_adapter_is_exact_after_refused_one(server: Server, adapters: Adapters) -> None:
+    """Also tests that ``check_adapter`` predicts the outcomes, except for a NaN: it reads no values."""
+    folders = adapters.good | {bad: folder for bad, (folder, _) in adapters.bad.items()}
+    expected = {
+        name: Outcome.REFUSED if name in adapters.bad else Outcome.EXACT for name in folders
+    }
+    predicted = predict_outcomes(adapters.checkpoint, folders, plugin=True, tensor_parallel_size=2)
+    assert predicted == expected | {damage.insert_nan.__name__: Outcome.EXACT}
+    for number, (bad, (folder, message)) in enumerate(adapters.bad.items()):
         with pytest.raises(ServerError) as error:
-            server.load(what, folder)
-        assert words in str(error.value)
-        # vLLM's server takes paths out of what it answers; all ranks say the same, so it is said once.
+            server.load(bad, folder)
+        assert message in str(error.value)
+        # vLLM's server replaces paths in its answers. All ranks raise the same error, which is
+        # therefore reported only once.
         assert str(error.value).startswith(
-            f"500: Call to add_lora method failed: LoRA adapter {what!r} (<path>) is refused on vLLM"
+            f"500: Call to add_lora method failed: LoRA adapter {bad!r} (<path>) is refused on vLLM"
         )
         name = f"a{number}"
         server.load(name, adapters.good["a"])
@@ -80,11 +91,11 @@ def test_a_refused_adapter_then_a_good_one(server: Server, adapters: Adapters) -
         server.unload(name)
 
 
-def test_a_bad_replacement_changes_nothing(server: Server, adapters: Adapters) -> None:
+def test_refused_replacement_leaves_adapter_unchanged(server: Server, adapters: Adapters) -> None:
     server.load("x", adapters.good["a"])
     before = server.complete("x", prompts(1)[0])
-    for folder, words in adapters.bad.values():
-        with pytest.raises(ServerError, match=words):
+    for folder, message in adapters.bad.values():
+        with pytest.raises(ServerError, match=message):
             server.load("x", folder, inplace=True)
         assert server.complete("x", prompts(1)[0]) == before
     server.load("x", adapters.good["b"], inplace=True)
@@ -92,9 +103,7 @@ def test_a_bad_replacement_changes_nothing(server: Server, adapters: Adapters) -
     server.unload("x")
 
 
-def test_inplace_is_not_repeated_at_each_step(
-    server: Server, adapters: Adapters, tmp_path: Path
-) -> None:
+def test_inplace_loads_files_only_once(server: Server, adapters: Adapters, tmp_path: Path) -> None:
     folder = shutil.copytree(adapters.good["a"], tmp_path / "moved")
     server.load("y", folder, inplace=True)
     shutil.rmtree(folder)
@@ -102,7 +111,7 @@ def test_inplace_is_not_repeated_at_each_step(
     server.unload("y")
 
 
-def test_an_evicted_adapter_whose_files_are_gone(
+def test_evicted_adapter_with_missing_or_changed_files_fails_alone(
     server: Server, adapters: Adapters, tmp_path: Path
 ) -> None:
     gone = shutil.copytree(adapters.good["a"], tmp_path / "gone")
@@ -123,8 +132,8 @@ def test_an_evicted_adapter_whose_files_are_gone(
     assert "fails: LoRA adapter 'changed'" in log
 
 
-def test_a_short_soak(server: Server, adapters: Adapters, tmp_path: Path) -> None:
-    """``python3 ci/stress.py soak`` does the same for 500 steps, and looks at memory."""
+def test_short_soak_has_no_failures(server: Server, adapters: Adapters, tmp_path: Path) -> None:
+    """``python3 ci/stress.py soak`` runs 500 steps of the same, and measures memory."""
     run = Soak(adapters.checkpoint, tmp_path)
     run.run(server, 20)
     assert run.counts["wrong"] == 0, run.counts
@@ -132,7 +141,7 @@ def test_a_short_soak(server: Server, adapters: Adapters, tmp_path: Path) -> Non
 
 
 class TestStock:
-    """Each defect that the tests above would show; a failure says that upstream mended it."""
+    """Tests of stock vLLM's defects; a failure means that a later release of vLLM fixes the defect."""
 
     @pytest.fixture(scope="class")
     def stock(
@@ -144,25 +153,26 @@ class TestStock:
         ) as running:
             yield running
 
-    def test_it_serves_part_of_an_adapter(self, stock: Server, adapters: Adapters) -> None:
-        folder, _ = adapters.bad["misname"]
+    def test_stock_vllm_serves_part_of_an_adapter(self, stock: Server, adapters: Adapters) -> None:
+        folder, _ = adapters.bad["rename_layer"]
         stock.load("part", folder)
         answer = stock.complete("part", prompts(1)[0])
-        assert not adapters.reference.compare("a", answer).exact
+        assert not adapters.reference.compare("a", answer).is_exact
 
-    def test_a_refused_adapter_makes_the_next_good_one_fail(
+    def test_good_adapter_fails_after_refused_one(
         self, stock: Server, adapters: Adapters, tmp_path: Path
     ) -> None:
         folder = shutil.copytree(adapters.good["b"], tmp_path / "b")
         config = folder / "adapter_config.json"
         config.write_text(config.read_text().replace('"r": 8', '"r": 64'))
-        words = "LoRA rank 64 is greater than max_lora_rank 16"
-        with pytest.raises(ServerError, match=words):
+        message = "LoRA rank 64 is greater than max_lora_rank 16"
+        with pytest.raises(ServerError, match=message):
             stock.load("b", folder)
-        with pytest.raises(ServerError, match=words):  # the other rank's answer of before
+        # The other rank's answer to the first request is taken as the answer to this one.
+        with pytest.raises(ServerError, match=message):
             stock.load("a", adapters.good["a"])
 
-    def test_an_evicted_adapter_whose_files_are_gone_ends_the_engine(
+    def test_evicted_adapter_with_missing_files_ends_engine(
         self, stock: Server, adapters: Adapters, tmp_path: Path
     ) -> None:
         gone = shutil.copytree(adapters.good["a"], tmp_path / "gone")
@@ -174,114 +184,13 @@ class TestStock:
         assert "EngineCore encountered a fatal error" in stock.log.read_text()
 
 
-OFFLINE = """
-import json, sys
-from pathlib import Path
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-
-checkpoint, bad, good, prompt, answers, options = json.loads(sys.argv[1])
-llm = LLM(checkpoint, dtype="bfloat16", enforce_eager=True, enable_lora=True, max_loras=3,
-          max_lora_rank=16, max_model_len=128, max_num_seqs=4, **options)
-said = {}
-try:
-    llm.llm_engine.add_lora(LoRARequest("bad", 1, bad))
-except Exception as error:
-    said["add_lora"] = str(error)
-greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, logprobs=0)
-said["added"] = llm.llm_engine.add_lora(LoRARequest("good", 2, good))
-said["held"] = sorted(llm.llm_engine.list_loras())
-# On CPU, vLLM 0.32.0 ends at its first step under pipeline parallelism, with LoRA and without.
-steps = "pipeline_parallel_size" not in options
-for name, number, path in [("bad", 1, bad), ("good", 2, good)][: 1 + steps]:
-    [request] = llm.generate(
-        {"prompt_token_ids": prompt}, greedy, lora_request=LoRARequest(name, number, path)
-    )
-    output = request.outputs[0]
-    said[name] = [
-        output.finish_reason,
-        list(output.token_ids),
-        [step[token].logprob for token, step in zip(output.token_ids, output.logprobs or [])],
-    ]
-Path(answers).write_text(json.dumps(said))
-"""
-
-
-@pytest.mark.parametrize(
-    ("options", "ranks"),
-    [
-        # The first pipeline rank has no fault to find: the last one has the layer.
-        ({"pipeline_parallel_size": 2}, "On rank 0 of 2: no error. On rank 1 of 2: "),
-        ({"tensor_parallel_size": 2, "fully_sharded_loras": True}, ""),
-    ],
-    ids=["pp2", "tp2-sharded"],
-)
-def test_offline_engines(tmp_path: Path, options: dict[str, Any], ranks: str) -> None:
-    """A Llama, all of whose linear layers the adapter has; vLLM's own classes serve them all."""
-    checkpoint = save_llama(tmp_path / "model")
-    good = save_adapter(checkpoint, tmp_path / "good", ATTENTION + MLP, seed=0)
-    bad = damage.copy(good, tmp_path / "bad", damage.cut_rows)
-    prompt, answers = prompts(1)[0], tmp_path / "answers"
-    paths = map(str, (checkpoint, bad, good))
-    arguments = json.dumps([*paths, prompt, str(answers), options])
-    done = run_python(OFFLINE, arguments, **engine_environment(True, 2))
-    assert done.returncode == 0, done.stderr
-    said = json.loads(answers.read_text())
-    assert f"{ranks}LoRA adapter 'bad' ({bad}) is refused on vLLM" in said["add_lora"]
-    assert (
-        "module model.layers.3.self_attn.v_proj (layer model.layers.3.self_attn.qkv_proj, "
-        in (said["add_lora"])
-    )
-    assert said["added"]
-    assert said["held"] == [2]
-    assert said["bad"] == ["error", [], []]
-    if "pipeline_parallel_size" in options:
-        return
-    _, tokens, logprobs = said["good"]
-    answer = Answer(prompt + tokens, logprobs, len(prompt))
-    comparison = Reference(checkpoint, {"good": good}).compare("good", answer)
-    assert comparison.exact, comparison
-
-
-def test_a_bad_adapter_on_the_command_line(adapters: Adapters, tmp_path: Path) -> None:
-    folder, words = adapters.bad["cut_rows"]
+def test_bad_adapter_on_command_line_stops_server(adapters: Adapters, tmp_path: Path) -> None:
+    folder, message = adapters.bad["cut_rows"]
     arguments = ["--lora-modules", f"bad={folder}"]
     with (
         pytest.raises(ServerError) as error,
         Server(adapters.checkpoint, tmp_path / "log", *arguments, plugin=True),
     ):
         pass
-    assert words in str(error.value)
+    assert message in str(error.value)
     assert "ValueError: Call to add_lora method failed: LoRA adapter 'bad' (" in str(error.value)
-
-
-DIFFERING = """
-import os, sys
-from vllm import LLM
-from vllm.v1.executor.multiproc_executor import WorkerProc
-
-def make_worker_process(*args, _original=WorkerProc.make_worker_process, **kwargs):
-    # A rank on whose node the plugin is not installed, or not let through.
-    os.environ["VLLM_PLUGINS"] = "nway_lora" if kwargs["rank"] == 0 else "no_such_plugin"
-    return _original(*args, **kwargs)
-
-WorkerProc.make_worker_process = make_worker_process
-os.environ["VLLM_PLUGINS"] = "nway_lora"
-LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, enable_lora=True, max_model_len=128,
-    max_num_seqs=4, tensor_parallel_size=2)
-print("no difference was found")
-"""
-
-
-def test_a_rank_without_the_plugin_is_named_at_start(adapters: Adapters) -> None:
-    environment = engine_environment(True, 2) | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Else the workers are forked from a process that has the plugin already.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    done = run_python(DIFFERING, str(adapters.checkpoint), **environment)
-    assert "no difference was found" not in done.stdout
-    assert done.returncode != 0
-    assert "RankError: vllm-nway-lora differs between the processes of this engine" in done.stderr
-    assert f"rank 0: {__version__} (VLLM_NWAY_LORA=1; patches: " in done.stderr
-    assert "rank 1: not loaded" in done.stderr

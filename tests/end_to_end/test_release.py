@@ -1,24 +1,24 @@
-"""One engine per release, tensor-parallel and fully sharded: every adapter equals PEFT.
+"""Tests with one engine per release, tensor-parallel and fully sharded: every adapter equals PEFT.
 
-The model is Qwen3.5 where the release serves its text model, else the one of ``support.fused_llama``.
+The model is Qwen3.5 if the release serves its text model, otherwise ``support.fused_llama``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from support.adapters import Served, prompts
-from support.offline import serve
+from support.adapters import ServedModel, prompts
+from support.offline import complete_with_adapters
 
 
-def test_every_adapter_equals_peft(served: Served, tmp_path: Path) -> None:
+def test_every_adapter_equals_peft(served: ServedModel, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    answers = serve(served.folder, served.adapters, prompts()[0], log, plugin=True)
+    answers = complete_with_adapters(served.folder, served.adapters, prompts()[0], log, plugin=True)
     for name in served.adapters:
         answer = answers[name]
         assert not isinstance(answer, str), (name, answer)
         comparison = served.reference.compare(name, answer)
-        assert comparison.exact, (name, comparison)
+        assert comparison.is_exact, (name, comparison)
     base = answers[""]
     assert not isinstance(base, str)
     assert served.reference.compare(None, base).error < 0.2

@@ -1,7 +1,7 @@
-"""What vLLM's own classes do with the same layers: where they are right, and each way they are not.
+"""The same layers on vLLM's own classes: where these are exact, and each of their defects.
 
-What is expected of a release is what ``vllm_nway_lora.releases`` says of it. A test of a defect fails
-when upstream has mended it: that is the time to retire our answer to it.
+``vllm_nway_lora.compat.defects`` lists the expected defects of a release. A test of a defect fails
+when upstream has fixed it; then this package's fix can be removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from support import layers
 from support.layers import Case, Fusion, Result
 from support.ranks import Ranks
 
-from vllm_nway_lora import releases
+from vllm_nway_lora.compat import defects as table
 
 QKVZ = Fusion("in_proj_qkvz", (32, 32, 64, 64), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
 ONE_OF_ONE = Fusion("in_proj_qkvz", (48,), ("in_proj_qkvz",), ((0,),))
@@ -26,13 +26,14 @@ QKV, Z = (0,), (1,)
 
 
 def messages(defect: str) -> tuple[str, ...] | None:
-    return releases.defect(defect).messages(vllm.__version__)
+    return table.find(defect).messages(vllm.__version__)
 
 
 def run_stock(ranks: Ranks, case: Case, *defects: str) -> list[Result]:
     """Run a case on vLLM's own classes.
 
-    Where the running release has one of ``defects``, see it fail as the table says; return nothing.
+    If the installed release has one of ``defects``, check that it fails as the table says, and
+    return nothing.
     """
     if not case.fully_sharded and ranks.size > 1:
         defects = (*defects, "gathered-when-whole")
@@ -46,7 +47,9 @@ def run_stock(ranks: Ranks, case: Case, *defects: str) -> list[Result]:
 
 @pytest.mark.parametrize("prefill", [True, False], ids=["prefill", "decode"])
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
-def test_same_bits_from_half_the_slices(ranks: Ranks, fully_sharded: bool, prefill: bool) -> None:
+def test_half_of_the_slices_give_the_same_bits(
+    ranks: Ranks, fully_sharded: bool, prefill: bool
+) -> None:
     case = Case(QKVZ, ((*QKV, *Z),) * 3, fully_sharded=fully_sharded, prefill=prefill)
     ours, theirs = ranks.run(layers.run, case), run_stock(ranks, case, "fewer-modules-than-outputs")
     assert {(mine.layer_class, mine.n_slices) for mine in ours} == {("NWayLinearWithLoRA", 2)}
@@ -60,12 +63,12 @@ def test_same_bits_from_half_the_slices(ranks: Ranks, fully_sharded: bool, prefi
 
 
 @pytest.mark.parametrize("modules", [2, 1])
-def test_two_equal_outputs_stay_with_vllm(ranks: Ranks, modules: int) -> None:
+def test_two_equal_outputs_stay_on_vllms_class(ranks: Ranks, modules: int) -> None:
     groups = ((0,), (1,)) if modules == 2 else ((0, 1),)
     fusion = Fusion("gate_up_proj", (16, 16), ("gate_proj", "up_proj")[:modules], groups)
     case = Case(fusion, ((0,),))
     [ours], [theirs] = (set(ranks.run(layers.layer_class, c)) for c in (case, case.stock()))
-    # But where vLLM's class for pairs gathers over all ranks what no rank lacks.
+    # Unless vLLM's class for pairs gathers over all ranks what every rank has.
     gathers = modules == 2 and ranks.size > 1 and messages("gathered-when-whole") is not None
     assert theirs != "NWayLinearWithLoRA"
     assert (ours == theirs) != gathers
@@ -95,7 +98,7 @@ def test_stock_ignores_three_outputs_or_more_when_fully_sharded(
         layers.layer_class, Case(fusion, ((0,),), fully_sharded=True, plugin=False)
     )
     assert set(layer_classes) == {"MergedColumnParallelLinear"}
-    # The model's owner says the words; they are in its source, over several lines.
+    # The LoRA manager logs the message. In its source, the text is split over several lines.
     from vllm.lora import model_manager
 
     source = re.sub(r'"\s+f?"', "", inspect.getsource(model_manager))

@@ -12,7 +12,7 @@ from support.layers import MAX_LORAS, MAX_RANK, TOKENS, Case, Fusion
 from support.ranks import Ranks
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from vllm_nway_lora.cpu_kernels import GroupedPunica, grouped
+from vllm_nway_lora.layers.cpu_products import GroupedPunica, group_by_adapter
 
 QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
 #: The slot of each token. One slot stays empty: see the reference in each test.
@@ -29,10 +29,10 @@ BATCHES = {
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
 def test_mixed_batches_equal_dense_arithmetic(ranks: Ranks, fully_sharded: bool, how: str) -> None:
-    # Every rank would compile the same C++ anew, so several ranks go as far as the graph.
+    # Every rank would compile the same C++ code, so several ranks only trace the graph.
     compiled_by = "inductor" if ranks.size == 1 else "aot_eager"
     backend = compiled_by if how == "compiled" else None
-    # The last slot has an adapter too: tokens without one must not get it.
+    # The last slot has an adapter too, which must not be applied to tokens without an adapter.
     case = Case(QKVZ, ((0, 1), (0,), (1,), (0, 1)), fully_sharded=fully_sharded)
     per_rank = ranks.run(layers.run_batches, case, list(BATCHES.values()), backend)
     for number, slots in enumerate(BATCHES.values()):
@@ -45,7 +45,7 @@ INPUT_SIZE = 64
 
 
 def operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> dict[str, Any]:
-    """Make what ``add_lora_linear`` takes: values of which float32 holds no sum exactly."""
+    """Return arguments for ``add_lora_linear``, whose sums float32 cannot represent exactly."""
     generator = torch.Generator().manual_seed(3)
 
     def random(*shape: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> dict[str, Any]:
     lora_a = [random(MAX_LORAS, 1, MAX_RANK, INPUT_SIZE).to(lora_dtype) for _ in WIDTHS]
     lora_b = [random(MAX_LORAS, 1, width, MAX_RANK).to(lora_dtype) for width in WIDTHS]
     for tensor in (*lora_a, *lora_b):
-        tensor[-1] = 0  # vLLM to 0.32.0 gives tokens without LoRA the last slot's
+        tensor[-1] = 0  # vLLM until 0.32.0 applies the last slot to tokens without LoRA
     return {
         "y": random(TOKENS, sum(WIDTHS)).to(dtype),
         "x": random(TOKENS, INPUT_SIZE).to(dtype),
@@ -66,7 +66,7 @@ def operands(dtype: torch.dtype, lora_dtype: torch.dtype) -> dict[str, Any]:
 
 
 def exact(operands: dict[str, Any], slots: Sequence[int]) -> torch.Tensor:
-    """``y + scale * x A^T B^T`` of each token's slot, in float64."""
+    """Return ``y + scale * x A^T B^T`` with each token's slot, in float64."""
     y = operands["y"].double()
     for token, slot in enumerate(slots):
         if slot < 0:
@@ -96,7 +96,7 @@ def punica() -> PunicaWrapperCPU:
     ],
     ids=["float32", "bfloat16", "bfloat16-float32", "float16"],
 )
-def test_same_as_stock_but_for_rounding(
+def test_equals_stock_within_rounding(
     punica: PunicaWrapperCPU,
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
@@ -111,7 +111,7 @@ def test_same_as_stock_but_for_rounding(
     layers.map_tokens(punica, slots, prefill)
     GroupedPunica(punica).add_lora_linear(**given | {"y": ours})
     punica.add_lora_linear(**given | {"y": theirs})
-    # Absolute: a sum near zero is of terms that are not.
+    # An absolute bound: the terms of a sum near zero are not near zero.
     largest = float(theirs.abs().max())
     torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * largest)
     torch.testing.assert_close(
@@ -119,7 +119,7 @@ def test_same_as_stock_but_for_rounding(
     )
 
 
-def test_padding_is_left_as_it_is(punica: PunicaWrapperCPU) -> None:
+def test_padding_stays_unchanged(punica: PunicaWrapperCPU) -> None:
     given = operands(torch.float32, torch.float32)
     layers.map_tokens(punica, (0, 1, 1))
     y = given["y"].clone()
@@ -129,17 +129,17 @@ def test_padding_is_left_as_it_is(punica: PunicaWrapperCPU) -> None:
     assert torch.equal(y[3:], given["y"][3:])
 
 
-def test_an_empty_batch(punica: PunicaWrapperCPU) -> None:
+def test_empty_batch(punica: PunicaWrapperCPU) -> None:
     given = operands(torch.float32, torch.float32)
     given |= {name: given[name][:0] for name in ("x", "y")}
     layers.map_tokens(punica, (), prefill=False)  # vLLM cannot map an empty prefill
     GroupedPunica(punica).add_lora_linear(**given)
 
 
-def test_a_mapping_of_more_tokens_is_refused(punica: PunicaWrapperCPU) -> None:
+def test_mapping_with_more_tokens_than_input_is_refused(punica: PunicaWrapperCPU) -> None:
     given = operands(torch.float32, torch.float32)
     layers.map_tokens(punica, (0,) * TOKENS)
-    with pytest.raises(ValueError, match=f"of {TOKENS} tokens, the input of 3"):
+    with pytest.raises(ValueError, match=f"mapping has {TOKENS} tokens, the input has 3"):
         GroupedPunica(punica).add_lora_linear(
             **given | {name: given[name][:3] for name in ("x", "y")}
         )
@@ -150,8 +150,8 @@ def test_only_vllms_cpu_wrapper_is_replaced(punica: PunicaWrapperCPU) -> None:
         pass
 
     other = OfAnotherPlatform(TOKENS, TOKENS, "cpu")
-    assert grouped(other) is other
-    assert isinstance(grouped(punica), GroupedPunica)
+    assert group_by_adapter(other) is other
+    assert isinstance(group_by_adapter(punica), GroupedPunica)
 
 
 def test_unknown_arguments_go_to_vllm() -> None:

@@ -1,4 +1,4 @@
-"""``set_lora`` takes exactly the tensors that fit, and writes nothing when it refuses."""
+"""``set_lora`` writes tensors that fit, and writes nothing if it refuses."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import layers
+from support import layers, slots
 from support.layers import INPUT_SIZE, Case, Fusion
 from support.ranks import Ranks
 
 QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
-UNLISTED = Fusion("unlisted", (8, 8, 8, 8), ("x", "y", "z"), ((0, 1), (2,), (3,)))
+UNKNOWN = Fusion("unknown", (8, 8, 8, 8), ("x", "y", "z"), ((0, 1), (2,), (3,)))
 ROWS_QKV, ROWS_Z, RANK = 64, 32, 4
 
 
@@ -22,70 +22,65 @@ def ones(*shape: int) -> torch.Tensor:
 A, QKV_B, Z_B = ones(RANK, INPUT_SIZE), ones(ROWS_QKV, RANK), ones(ROWS_Z, RANK)
 
 MISFITS = {
-    "too few rows": ([A, A], [ones(ROWS_QKV - 1, RANK), Z_B], "expected LoRA-B with 64 rows, found 63"),
-    "too many rows": ([None, A], [None, ones(ROWS_Z + 4, RANK)], "expected LoRA-B with 32 rows, found 36"),
+    "too few rows": ([A, A], [ones(ROWS_QKV - 1, RANK), Z_B], "LoRA-A (r, 32) and LoRA-B (64, r), found (4, 32) and (63, 4)"),
+    "too many rows": ([None, A], [None, ones(ROWS_Z + 4, RANK)], "LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (36, 4)"),
     "rows of the wrong module": ([A, None], [Z_B, None], "module in_proj_qkv of in_proj_qkvz: expected"),
     "one tensor for both": (A, ones(ROWS_QKV + ROWS_Z, RANK), "2 modules (in_proj_qkv, in_proj_z)"),
-    "three modules": ([A, A, A], [QKV_B, Z_B, Z_B], "but LoRA-B was given for 3"),
-    "no B": ([A, A], [QKV_B, None], "in_proj_z has LoRA-A but no LoRA-B"),
-    "no A": ([None, A], [QKV_B, Z_B], "in_proj_qkv has LoRA-B but no LoRA-A"),
-    "ranks differ": ([A, None], [ones(ROWS_QKV, RANK + 1), None], "found (4, 32) and (64, 5)"),
-    "rank too large": ([ones(9, INPUT_SIZE), None], [ones(ROWS_QKV, 9), None], "r at most 8"),
-    "wrong input": ([ones(RANK, INPUT_SIZE + 1), None], [QKV_B, None], "shape (r, 32)"),
-    "1-D": ([ones(INPUT_SIZE), None], [ones(ROWS_QKV), None], "found (32,) and (64,)"),
-    "lists differ": ([A], [QKV_B, Z_B], "1 LoRA-A tensors but 2 LoRA-B tensors"),
+    "three modules": ([A, A, A], [QKV_B, Z_B, Z_B], "found 3 LoRA-A tensors and 3 LoRA-B tensors"),
+    "no B": ([A, A], [QKV_B, None], "module in_proj_z of in_proj_qkvz: it has LoRA-A but no LoRA-B"),
+    "no A": ([None, A], [QKV_B, Z_B], "module in_proj_qkv of in_proj_qkvz: it has LoRA-B but no LoRA-A"),
+    "ranks differ": ([A, None], [ones(ROWS_QKV, RANK + 1), None], "the ranks of LoRA-A (4, 32) and LoRA-B (64, 5) differ"),
+    "rank too large": ([ones(9, INPUT_SIZE), None], [ones(ROWS_QKV, 9), None], "its rank 9 is above --max-lora-rank 8"),
+    "wrong input": ([ones(RANK, INPUT_SIZE + 1), None], [QKV_B, None], "expected LoRA-A (r, 32) and LoRA-B (64, r), found (4, 33) and (64, 4)"),
+    "1-D": ([ones(INPUT_SIZE), None], [ones(ROWS_QKV), None], "expected two-dimensional tensors, found LoRA-A (32,) and LoRA-B (64,)"),
+    "B of rank 0": ([A, A], [ones(ROWS_QKV, 0), ones(ROWS_Z, 0)], "the ranks of LoRA-A (4, 32) and LoRA-B (64, 0) differ"),
+    "lists differ": ([A], [QKV_B, Z_B], "found 1 LoRA-A tensors and 2 LoRA-B tensors"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("misfit", MISFITS)
-def test_refuses_and_writes_nothing(ranks: Ranks, misfit: str) -> None:
+def test_set_lora_refuses_misfit_and_writes_nothing(ranks: Ranks, misfit: str) -> None:
     lora_a, lora_b, words = MISFITS[misfit]
-    for message, unchanged in ranks.run(layers.try_set, QKVZ, lora_a, lora_b):
+    for message, unchanged in ranks.run(slots.try_set, QKVZ, lora_a, lora_b):
         assert unchanged
         assert words in message
         assert "model.layers.0.mixer.in_proj_qkvz" in message
 
 
-def test_refuses_rows_of_one_rank_only(ranks: Ranks) -> None:
+def test_set_lora_refuses_rows_of_one_rank_only(ranks: Ranks) -> None:
     local = ones(ROWS_Z // ranks.size, RANK)
-    for message, unchanged in ranks.run(layers.try_set, QKVZ, [None, A], [None, local]):
+    for message, unchanged in ranks.run(slots.try_set, QKVZ, [None, A], [None, local]):
         assert unchanged == (ranks.size > 1)
-        assert ("expected LoRA-B with 32 rows" in message) == (ranks.size > 1)
+        assert ("expected LoRA-A (r, 32) and LoRA-B (32, r)" in message) == (ranks.size > 1)
 
 
-def test_places_unlisted_modules_by_rows_where_only_one_way_fits(ranks: Ranks) -> None:
-    cases = [
-        ({"x": 8, "y": 16}, ""),
-        ({"y": 8}, "more than one does: [[0], [1], [2, 3]] and [[0, 1], [2], [3]]"),
-        ({"y": 12}, "but none does"),
-        ({"x": 8, "y": 8, "z": 8}, "but none does"),
-    ]
-    for rows, words in cases:
-        lora_b = [ones(rows[m], RANK) if m in rows else None for m in UNLISTED.modules]
-        lora_a = [None if b is None else A for b in lora_b]
-        for message, unchanged in ranks.run(layers.try_set, UNLISTED, lora_a, lora_b):
-            assert unchanged == bool(words)
-            assert words in message
+def test_layer_with_unknown_outputs_refuses_every_adapter(ranks: Ranks) -> None:
+    lora_b = [ones(UNKNOWN.rows(module), RANK) for module in range(3)]
+    for message in ranks.run(slots.set_error, UNKNOWN, [A, A, A], lora_b):
+        assert (
+            "unknown has 4 outputs and 3 modules (x, y, z), and which outputs each module covers is "
+            "not known"
+        ) in message
 
 
 @pytest.mark.parametrize("fully_sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("rank", [1, 6])
 @pytest.mark.parametrize("modules", [(0,), (1,), (0, 1)], ids=str)
-def test_leaves_nothing_of_the_adapter_before(
+def test_set_lora_leaves_nothing_of_the_earlier_adapter(
     ranks: Ranks, modules: tuple[int, ...], rank: int, fully_sharded: bool
 ) -> None:
     case = Case(QKVZ, (modules,), rank, fully_sharded)
-    assert all(ranks.run(layers.set_in_turn, case))
+    assert all(ranks.run(slots.set_in_turn, case))
 
 
-@pytest.mark.parametrize("fusion", [QKVZ, UNLISTED], ids=lambda fusion: fusion.name)
-def test_takes_the_dummies_of_the_warm_up(ranks: Ranks, fusion: Fusion) -> None:
-    for message in ranks.run(layers.warm_up, fusion):
+@pytest.mark.parametrize("fusion", [QKVZ, UNKNOWN], ids=lambda fusion: fusion.name)
+def test_set_lora_accepts_the_dummies_of_the_warm_up(ranks: Ranks, fusion: Fusion) -> None:
+    for message in ranks.run(slots.warm_up, fusion):
         assert not message
 
 
 def shapes(*good: int) -> st.SearchStrategy[tuple[int, ...] | None]:
-    """Draw the good shape, none, one near it, or any."""
+    """Draw the good shape, None, a similar shape, or any shape."""
     near = st.tuples(*(st.sampled_from([n, n - 1, n + 1, n // 2, 2 * n, 0]) for n in good))
     other = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     return st.one_of(st.just(good), st.just(good), st.none(), near, other)
@@ -113,13 +108,13 @@ def fits(pairs: list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]) -> 
 @given(pairs=adapters())
 @settings(max_examples=200, deadline=None, database=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])  # fmt: skip
-def test_any_shapes_are_taken_or_refused(
+def test_any_shapes_are_written_or_refused(
     ranks: Ranks, pairs: list[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]
 ) -> None:
     lora_a, lora_b = ([half and ones(*half) for half in halves] for halves in zip(*pairs))
-    # A number alone is a tensor too.
+    # A tensor may have no dimension.
     for tensors, halves in ((lora_a, [a for a, _ in pairs]), (lora_b, [b for _, b in pairs])):
         tensors[:] = [ones() if half == () else t for t, half in zip(tensors, halves)]
-    for message, unchanged in ranks.run(layers.try_set, QKVZ, lora_a, lora_b):
+    for message, unchanged in ranks.run(slots.try_set, QKVZ, lora_a, lora_b):
         assert bool(message) == (not fits(pairs)), message
         assert unchanged == bool(message)

@@ -1,13 +1,13 @@
-"""vLLM's CPU platform, whichever build of vLLM is installed: no test here runs on a device."""
+"""Setup for tests of model classes: every test here uses vLLM's CPU platform."""
 
 from __future__ import annotations
 
 import vllm.platforms
-from support.cpu import unpin
+from support.cpu import disable_pinned_memory
 from vllm.platforms.cpu import CpuPlatform
 
-# The CUDA build picks its platform by what it finds; resolved once, it is never looked for again.
+# vLLM's CUDA build detects its platform only once; replace the result before a test uses it.
 if not vllm.platforms.current_platform.is_cpu():
     vllm.platforms._current_platform = CpuPlatform()
 
-unpin()
+disable_pinned_memory()

@@ -1,4 +1,8 @@
-"""The work of each family's LoRA layers, counted: the adapter's own, and stock vLLM's times M/N."""
+"""Tests of the arithmetic, memory and gathered bytes of each family's LoRA layers.
+
+The plugin's layers do the minimum of multiply-adds for an adapter. Their memory and gathered bytes are
+M/N of stock vLLM's, for M modules and N slices of stock vLLM's layer.
+"""
 
 from __future__ import annotations
 
@@ -10,88 +14,90 @@ import vllm
 from packaging.version import Version
 from support import work
 from support.families import FAMILIES
-from support.family import Family, Fused
+from support.families.family import Family, Fused
 from support.models import MAX_RANK, RankModel
-from support.verdicts import TOKENS, runs_here, stubbed
+from support.verdicts import TOKENS, is_in_installed_vllm, stub_dependencies
 
 import vllm_nway_lora
-from vllm_nway_lora.layer import NWayLinearWithLoRA
+from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
 
-HERE = [family for family in FAMILIES if runs_here(family)]
+AVAILABLE = [family for family in FAMILIES if is_in_installed_vllm(family)]
 SIZE = 2
-STOCK_STARTS = Version("0.20.0")  # fully sharded, with layers that it has no class for
+#: First release whose stock vLLM starts with ``fully_sharded_loras`` if it has no class for a layer.
+STOCK_STARTS = Version("0.20.0")
 
 
-@pytest.fixture(params=HERE, ids=lambda family: family.name)
+@pytest.fixture(params=AVAILABLE, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 
 
-def build(family: Family, size: int, fully_sharded: bool = False) -> RankModel:
+def build_rank(family: Family, size: int, fully_sharded: bool = False) -> RankModel:
+    """Build rank 0 of a family's model, with LoRA layers."""
     rank = RankModel(family.config, 0, size, fully_sharded)
     rank.wrap()
     return rank
 
 
-def ours(family: Family, rank: RankModel) -> list[tuple[Fused, Any]]:
-    """Return the family's layers that this package has taken; those that it leaves, vLLM has right."""
+def find_plugin_layers(family: Family, rank: RankModel) -> list[tuple[Fused, Any]]:
+    """Return the family's layers that have the plugin's class; stock vLLM serves the others exactly."""
     layers = [(fused, rank.model.get_submodule(fused.layer)) for fused in family.fused]
     return [(f, layer) for f, layer in layers if type(layer) is NWayLinearWithLoRA]
 
 
-def run_lora_part(rank: RankModel, layer: Any, fused: Fused) -> int:
-    """Run a layer's LoRA on tokens of one adapter; return its multiply-adds."""
+def count_lora_multiply_adds(rank: RankModel, layer: Any, fused: Fused) -> int:
+    """Run a layer's LoRA part on tokens of one adapter; return its multiply-adds."""
     rank.worker_manager._adapter_manager.lora_index_to_id[0] = 1
-    rank.select(1, TOKENS)
+    rank.select_adapter(1, TOKENS)
     x = torch.ones(TOKENS, fused.columns)
     y = torch.zeros(TOKENS, layer.base_layer.output_size_per_partition)
 
     def run() -> None:
         with work.without_base(layer, y):
-            rank._as_this_rank(lambda: layer(x))
+            rank.run_as_rank(lambda: layer(x))
 
     return work.multiply_adds(run)
 
 
 @pytest.mark.parametrize("size", [1, SIZE], ids="tp{}".format)
-def test_multiply_adds_are_the_adapters_own(family: Family, size: int) -> None:
+def test_layers_do_minimum_of_multiply_adds(family: Family, size: int) -> None:
     vllm_nway_lora.register()
-    with stubbed(family):
-        rank = build(family, size)
-        taken = ours(family, rank)
+    with stub_dependencies(family):
+        rank = build_rank(family, size)
+        layers = find_plugin_layers(family, rank)
         names = {fused.layer.rpartition(".")[2] for fused in family.fused}
-        assert taken or "in_proj_qkvz" not in names  # so that something is counted
-        for fused, layer in taken:
+        assert layers or "in_proj_qkvz" not in names  # the plugin replaces at least these layers
+        for fused, layer in layers:
             rows = layer.base_layer.output_size_per_partition
-            # All of the layer's, of which a line of the table may have some; vLLM gives padding one.
+            # Count the plan's modules: a line of the table can have fewer, and padding is a module.
             modules = len(layer.plan.modules)
-            least = work.floor(TOKENS, modules, fused.columns, rows, MAX_RANK)
-            assert run_lora_part(rank, layer, fused) == least, fused.layer
+            minimum = work.floor(TOKENS, modules, fused.columns, rows, MAX_RANK)
+            assert count_lora_multiply_adds(rank, layer, fused) == minimum, fused.layer
 
 
-def test_memory_and_gathered_bytes_are_m_of_stocks_n(family: Family) -> None:
+def test_memory_and_gathered_bytes_scale_with_slices(family: Family) -> None:
     found: dict[str, list[tuple[int, int, int]]] = {}
     for plugin in (True, False):
         (vllm_nway_lora.register if plugin else vllm_nway_lora.unregister)()
-        with stubbed(family):
+        with stub_dependencies(family):
             try:
-                rank = build(family, SIZE, fully_sharded=True)
+                rank = build_rank(family, SIZE, fully_sharded=True)
             except AssertionError:
                 if plugin or Version(vllm.__version__) >= STOCK_STARTS:
                     raise
-                break  # nothing to compare with
+                break  # stock vLLM does not start, so nothing can be compared
             for fused in family.fused:
                 layer = rank.model.get_submodule(fused.layer)
                 if plugin and type(layer) is NWayLinearWithLoRA and layer.shards_lora_a:
                     found[fused.layer] = []
                 if fused.layer not in found or not hasattr(layer, "lora_a_stacked"):
-                    continue  # vLLM's own, or not wrapped by it
+                    continue  # the plugin leaves the layer to vLLM, or stock vLLM does not wrap it
                 rank.group.sent.clear()
-                run_lora_part(rank, layer, fused)
+                count_lora_multiply_adds(rank, layer, fused)
                 slices = len(layer.lora_a_stacked)
                 a_bytes = sum(a.nbytes for a in layer.lora_a_stacked)
                 found[fused.layer].append((slices, a_bytes, sum(t.nbytes for t in rank.group.sent)))
     for (slices, a_bytes, gathered), *stock in found.values():
-        for stocks_slices, stocks_a_bytes, stocks_gathered in stock:
-            assert a_bytes * stocks_slices == stocks_a_bytes * slices
-            assert gathered * stocks_slices == stocks_gathered * slices > 0
+        for stock_slices, stock_a_bytes, stock_gathered in stock:
+            assert a_bytes * stock_slices == stock_a_bytes * slices
+            assert gathered * stock_slices == stock_gathered * slices > 0

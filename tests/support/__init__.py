@@ -1,1 +1,1 @@
-"""What the tests and the demo share: tiny checkpoints, adapters, the PEFT reference, engines."""
+"""Shared code of the tests, the benchmarks and the demo; README.md lists the modules."""

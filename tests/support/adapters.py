@@ -1,4 +1,4 @@
-"""LoRA adapters that PEFT writes for a checkpoint, and PEFT's own answers: the reference."""
+"""LoRA adapters saved by PEFT for a checkpoint, and the reference: PEFT's logprobs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-# The effect of tensors of this size, 1 to 5 in logprob, towers over bf16 noise of 0.03 to 0.15.
+from vllm_nway_lora.diagnosis.report import Outcome
+
+# Tensors of this size change logprobs by 1 to 5, far more than bf16 noise of 0.03 to 0.15.
 TENSOR_STD = 0.2
 RANK = 8
 
@@ -18,7 +20,7 @@ GDN = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
-#: Adapters on Qwen3.5, by the modules that they have.
+#: Adapters on Qwen3.5: name -> modules.
 QWEN3_5 = {
     "qkv+z": ("in_proj_qkv", "in_proj_z"),
     "qkv": ("in_proj_qkv",),
@@ -28,7 +30,7 @@ QWEN3_5 = {
     "all": GDN + ATTENTION + MLP,
 }
 
-#: Adapters on the model of ``fused_llama``, likewise.
+#: Adapters on the model of ``fused_llama``: name -> modules.
 FUSED_LLAMA = {
     "qkv+z": ("in_proj_qkv", "in_proj_z"),
     "qkv": ("in_proj_qkv",),
@@ -38,22 +40,24 @@ FUSED_LLAMA = {
     "all": ("in_proj_qkv", "in_proj_z", "down_proj", *ATTENTION),
 }
 
-#: Adapters on Qwen3-Next, whose two projections are fused in the checkpoint already.
+#: Adapters on Qwen3-Next, whose checkpoints already store both projections fused.
 QWEN3_NEXT = {
     "qkvz": ("in_proj_qkvz",),
     "ba": ("in_proj_ba",),
     "all": ("in_proj_qkvz", "in_proj_ba", "out_proj", *ATTENTION, *MLP),
 }
 
-#: Adapters on the hybrids whose fused projection is one module; alone, so that it alone is at fault.
+#: Adapters on hybrids whose fused projection is one module. No other module is adapted, so an error
+#: can come only from this projection.
 GRANITE_HYBRID = {"in_proj": ("in_proj",)}
 LFM2 = {"in_proj": ("in_proj",)}
 
-#: Adapters on AFMoE's attention without its gate, which is called like a part of its MLP.
+#: Adapters on AFMoE's attention without its gate, whose name (``gate_proj``) the MLP also has.
 AFMOE = {"q": ("q_proj",), "kv": ("k_proj", "v_proj")}
 
 
-def _model(checkpoint: Path) -> torch.nn.Module:
+def _load_model(checkpoint: Path) -> torch.nn.Module:
+    """Load a checkpoint with transformers, in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -67,11 +71,11 @@ def _model(checkpoint: Path) -> torch.nn.Module:
 
 
 def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: int) -> Path:
-    """Save a random adapter on ``modules``, whose tensors bfloat16 holds exactly."""
+    """Save a random adapter on ``modules``; its tensors are exactly representable in bfloat16."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(modules))
-    model = get_peft_model(_model(checkpoint), config)
+    model = get_peft_model(_load_model(checkpoint), config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -82,34 +86,42 @@ def save_adapter(checkpoint: Path, folder: Path, modules: Sequence[str], seed: i
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a server is tested with: a checkpoint, adapters on it, and PEFT's answers."""
+class ServedModel:
+    """A checkpoint and adapters for a server, with their reference."""
 
     folder: Path
     adapters: dict[str, Path]
     reference: Reference
 
 
-def make(root: Path, save: Callable[[Path], Path], adapters: Mapping[str, Sequence[str]]) -> Served:
-    """Save a checkpoint below ``root`` and random adapters on the modules that each one names."""
+def save_served_model(
+    root: Path, save: Callable[[Path], Path], adapters: Mapping[str, Sequence[str]]
+) -> ServedModel:
+    """Save a checkpoint and random adapters below ``root``.
+
+    Args:
+        root: the folder.
+        save: saves the checkpoint into a folder and returns that folder.
+        adapters: adapter's name -> its modules.
+    """
     folder = save(root / "model")
     saved = {
         name: save_adapter(folder, root / name, modules, seed)
         for seed, (name, modules) in enumerate(adapters.items())
     }
-    return Served(folder, saved, Reference(folder, saved))
+    return ServedModel(folder, saved, Reference(folder, saved))
 
 
 class Reference:
-    """PEFT on transformers in float32, on the checkpoint and adapters that vLLM serves."""
+    """PEFT on transformers in float32, with the checkpoint and adapters that vLLM serves."""
 
     def __init__(self, checkpoint: Path, adapters: dict[str, Path]) -> None:
         self._checkpoint = checkpoint
         self._adapters = adapters
-        self._model = cache(self._load)
+        self._model = cache(self._load_adapted)
 
-    def _load(self, adapter: str | None) -> torch.nn.Module:
-        model = _model(self._checkpoint)
+    def _load_adapted(self, adapter: str | None) -> torch.nn.Module:
+        model = _load_model(self._checkpoint)
         if adapter is None:
             return model
         from peft import PeftModel
@@ -123,7 +135,7 @@ class Reference:
         return logits[0].log_softmax(-1)
 
     def compare(self, adapter: str | None, answer: Answer) -> Comparison:
-        """Hold a served answer against the reference, token by token, on the served tokens."""
+        """Compare a served answer with the reference, token by token, on the served tokens."""
         ids = torch.tensor(answer.tokens[1:]).unsqueeze(1)
         ours = self.logprobs(adapter, answer.tokens)[:-1]
         base = self.logprobs(None, answer.tokens)[:-1].gather(1, ids).squeeze(1)
@@ -141,7 +153,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said: prompt and generated tokens, and the logprobs of the last of them."""
+    """A server's answer.
+
+    Attributes:
+        tokens: the prompt's tokens, then the generated ones.
+        logprobs: of the last tokens; as many as the server has returned.
+        prompt_length: number of the prompt's tokens.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -153,10 +171,11 @@ class Comparison:
     """Largest differences, in logprob, between an answer and the reference.
 
     Attributes:
-        error: of any token's logprob.
-        change: of any token's logprob, from the reference's without the adapter.
-        effect: of the adapter itself, reference with it against reference without.
-        greedy_gap: by which a greedy token falls short of the reference's most likely one.
+        error: between a token's logprob in the answer and in the reference.
+        change: between a token's logprob in the answer and in the reference without the adapter.
+        effect: between the reference with the adapter and the reference without it.
+        greedy_gap: between the reference's most likely token and the generated token, both in the
+            reference.
     """
 
     error: float
@@ -165,18 +184,20 @@ class Comparison:
     greedy_gap: float
 
     @property
-    def exact(self) -> bool:
-        """Within bf16 noise: under a fifth of the adapter's effect, greedy tokens included."""
+    def is_exact(self) -> bool:
+        """True if ``error`` and ``greedy_gap`` are bf16 noise: under a fifth of ``effect``."""
         return max(self.error, self.greedy_gap) < self.effect / 5
 
     @property
-    def word(self) -> str:
-        """``exact``; ``ignored``, where it is the base model that answered; else ``wrong``."""
-        return "exact" if self.exact else "ignored" if self.change < self.effect / 5 else "wrong"
+    def outcome(self) -> Outcome:
+        """``EXACT``; ``IGNORED`` if the base model answered; otherwise ``WRONG``."""
+        if self.is_exact:
+            return Outcome.EXACT
+        return Outcome.IGNORED if self.change < self.effect / 5 else Outcome.WRONG
 
 
 def prompts(count: int = 3) -> list[list[int]]:
-    """Return token prompts of differing lengths."""
+    """Return ``count`` prompts, as token ids, of different lengths."""
     generator = torch.Generator().manual_seed(1)
     return [
         torch.randint(3, 512, (20 + 7 * n,), generator=generator).tolist() for n in range(count)

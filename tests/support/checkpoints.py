@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of real architectures, made on the spot: no download, no fixture files."""
+"""Tiny random checkpoints of real architectures, generated locally: no downloads, no fixture files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# Wide enough that LoRA moves logprobs by whole units, far above rounding noise.
+# Large enough that LoRA changes logprobs by 1 or more, far above rounding noise.
 WEIGHT_STD = 0.08
 VOCAB_SIZE = 512
 
@@ -25,9 +25,9 @@ _SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-# Two gated-delta-net layers and one of full attention. Head dims are those that vLLM's CPU kernels
-# accept (attention 64, GDN 128); four value heads and two key heads leave tensor parallelism of 2 a
-# whole number of heads per rank.
+# Two gated-delta-net layers and one full-attention layer. vLLM's CPU kernels accept these head dims
+# (attention 64, GDN 128). With four value heads and two key heads, each of two TP ranks has a whole
+# number of heads.
 _GDN: dict[str, Any] = {
     **_SMALL,
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
@@ -40,7 +40,7 @@ _GDN: dict[str, Any] = {
 
 
 def save_qwen3_5(folder: Path, **sizes: Any) -> Path:
-    """Save a Qwen3.5 text model, tiny but for ``sizes``, by their names in the configuration."""
+    """Save a tiny Qwen3.5 text model; ``sizes`` replaces fields of its configuration."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     config = Qwen3_5TextConfig(**_GDN | sizes)
@@ -48,7 +48,7 @@ def save_qwen3_5(folder: Path, **sizes: Any) -> Path:
 
 
 def save_fused_llama(folder: Path) -> Path:
-    """Save the two-layer model of ``fused_llama``, which every release's CPU build can run."""
+    """Save the two-layer model of ``fused_llama``, which the CPU build of every release can run."""
     from transformers import LlamaConfig
 
     from support.fused_llama import FusedLlamaForCausalLM
@@ -71,7 +71,7 @@ def save_fused_llama(folder: Path) -> Path:
 
 
 def save_qwen3_next(folder: Path) -> Path:
-    """Save a Qwen3-Next without experts, which vLLM's processes build by ``dense_qwen3_next``."""
+    """Save a Qwen3-Next without experts; vLLM can build it with ``dense_qwen3_next``."""
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     config = Qwen3NextConfig(**_GDN, mlp_only_layers=[0, 1, 2], num_experts=0)
@@ -79,7 +79,7 @@ def save_qwen3_next(folder: Path) -> Path:
 
 
 def save_granite_hybrid(folder: Path) -> Path:
-    """Save a Granite 4 hybrid: two Mamba2 layers of one group and one of attention, no experts."""
+    """Save a Granite 4 hybrid: two Mamba2 layers with one group, one attention layer, no experts."""
     from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
     config = GraniteMoeHybridConfig(
@@ -100,7 +100,7 @@ def save_granite_hybrid(folder: Path) -> Path:
 
 
 def save_lfm2(folder: Path) -> Path:
-    """Save an LFM2: two short convolutions and one layer of attention."""
+    """Save an LFM2: two short-convolution layers and one attention layer."""
     from transformers import Lfm2Config, Lfm2ForCausalLM
 
     config = Lfm2Config(
@@ -108,7 +108,7 @@ def save_lfm2(folder: Path) -> Path:
         layer_types=["conv", "conv", "full_attention"],
         conv_L_cache=3,
         block_auto_adjust_ff_dim=False,
-        # vLLM asks for these, which published checkpoints have and transformers does not.
+        # vLLM reads these fields; published checkpoints have them, transformers' class does not.
         block_dim=128,
         block_ff_dim=256,
         conv_dim=128,
@@ -117,7 +117,7 @@ def save_lfm2(folder: Path) -> Path:
 
 
 def save_afmoe(folder: Path) -> Path:
-    """Save an AFMoE without experts: three layers whose attention has a gate beside q, k and v."""
+    """Save an AFMoE without experts: three layers whose attention has q, k, v and a gate."""
     from transformers import AfmoeConfig, AfmoeForCausalLM
 
     config = AfmoeConfig(
@@ -131,7 +131,7 @@ def save_afmoe(folder: Path) -> Path:
 
 
 def save_llama(folder: Path) -> Path:
-    """Save a Llama of four layers, whose fused projections vLLM's own LoRA classes serve."""
+    """Save a Llama with four layers; vLLM's own LoRA classes serve its fused projections."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -160,7 +160,7 @@ def _save(model_class: type, config: object, folder: Path) -> Path:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Save a word-level tokenizer that gives every token id its own printable word."""
+    """Save a word-level tokenizer in which every token id has its own printable word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

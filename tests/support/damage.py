@@ -1,4 +1,4 @@
-"""Adapters on disk, changed so that they must be refused."""
+"""Copies of adapter folders with a fault for which the plugin must refuse them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
-def copy(adapter: Path, folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
-    """Copy an adapter's folder, its tensors changed."""
+def copy_adapter(adapter: Path, folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Copy an adapter folder and apply ``change`` to the copy's tensors; return the copy."""
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(adapter, folder)
@@ -23,34 +23,34 @@ def copy(adapter: Path, folder: Path, change: Callable[[Tensors], Tensors]) -> P
 
 
 def cut_rows(tensors: Tensors) -> Tensors:
-    """Take two rows off the last module's B."""
+    """Remove two rows of the last module's LoRA-B."""
     name = max(name for name in tensors if "lora_B" in name)
     return tensors | {name: tensors[name][:-2]}
 
 
-def drop_a(tensors: Tensors) -> Tensors:
-    """Leave out the first module's A."""
+def drop_lora_a(tensors: Tensors) -> Tensors:
+    """Remove the first module's LoRA-A."""
     name = min(name for name in tensors if "lora_A" in name)
     return {other: tensor for other, tensor in tensors.items() if other != name}
 
 
-def poison(tensors: Tensors) -> Tensors:
-    """Put a NaN into the last tensor."""
+def insert_nan(tensors: Tensors) -> Tensors:
+    """Write a NaN into the last tensor."""
     name = max(tensors)
-    poisoned = tensors[name].clone()
-    poisoned[0, 0] = float("nan")
-    return tensors | {name: poisoned}
+    changed = tensors[name].clone()
+    changed[0, 0] = float("nan")
+    return tensors | {name: changed}
 
 
-def misname(tensors: Tensors) -> Tensors:
-    """Move the first layer's modules to a layer that the model does not have."""
+def rename_layer(tensors: Tensors) -> Tensors:
+    """Rename the first layer's modules to a layer that the model does not have."""
     return {name.replace("layers.0.", "layers.90."): tensor for name, tensor in tensors.items()}
 
 
-#: Change -> words of the refusal.
+#: Change -> part of the refusal's message.
 DAMAGES: dict[Callable[[Tensors], Tensors], str] = {
     cut_rows: "expected LoRA-",
-    drop_a: "it has LoRA-B but no LoRA-A",
-    poison: "has NaN or infinity",
-    misname: "this model has no such layer",
+    drop_lora_a: "it has LoRA-B but no LoRA-A",
+    insert_nan: "has NaN or infinity",
+    rename_layer: "this model has no such layer",
 }

@@ -1,8 +1,9 @@
-"""A Llama with N-way fused projections, for engines of releases that do not serve Qwen3.5's text model.
+"""A Llama with N-way fused projections, for releases of vLLM that do not serve Qwen3.5's text model.
 
-Attention, norms and embeddings are Llama's. The MLP has Qwen3.5's fusion (outputs q, k, v, z; modules
-``in_proj_qkv`` and ``in_proj_z``) and Qwen3-Next's (one module ``in_proj_ba`` of one output). Here is
-the model on transformers, the reference; ``fused_llama_vllm`` is the same from vLLM's layers.
+Attention, norms and embeddings are Llama's. The MLP has the fused projection of Qwen3.5 (outputs q, k,
+v, z; modules ``in_proj_qkv`` and ``in_proj_z``) and one of Qwen3-Next's kind (one module,
+``in_proj_ba``, with one output). This file has the reference, built on transformers;
+``fused_llama_vllm`` has the same model, built from vLLM's layers.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-#: Rows of q, k, v and z of every layer.
+#: Rows of q, k, v and z in every layer.
 SIZES = (64, 64, 128, 128)
 ARCHITECTURE = "FusedLlamaForCausalLM"
 
 
-def mix(qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
-    """Combine the projections, whole or one rank's share: ``(..., width of v)``."""
+def combine_projections(qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    """Combine the projections' outputs, full or one TP rank's part; return ``(..., width of v)``."""
     half = qkvz.shape[-1] // 6
     q, k, v, z = qkvz.split([half, half, 2 * half, 2 * half], dim=-1)
     gate = (nn.functional.silu(q) * k).repeat_interleave(2, dim=-1)
@@ -35,7 +36,7 @@ class FusedLlamaMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         qkvz = torch.cat([self.in_proj_qkv(x), self.in_proj_z(x)], dim=-1)
-        return self.down_proj(mix(qkvz, self.in_proj_ba(x)))
+        return self.down_proj(combine_projections(qkvz, self.in_proj_ba(x)))
 
 
 class FusedLlamaForCausalLM(LlamaForCausalLM):
@@ -47,12 +48,12 @@ class FusedLlamaForCausalLM(LlamaForCausalLM):
 
 
 def register() -> None:
-    """Give vLLM the model: the entry point in ``plugin/``, called in all of vLLM's processes."""
+    """Register the model in vLLM; ``plugin/`` has the entry point, which all vLLM processes call."""
     from vllm import ModelRegistry
 
-    from support.cpu import unpin
+    from support.cpu import disable_pinned_memory
     from support.fused_llama_vllm import FusedLlamaForCausalLM
 
-    unpin()
-    # The class itself: of a name, vLLM has a process of its own find out what the class can do.
+    disable_pinned_memory()
+    # Register the class, not its name: vLLM would start another process to inspect a named class.
     ModelRegistry.register_model(ARCHITECTURE, FusedLlamaForCausalLM)

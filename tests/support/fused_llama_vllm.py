@@ -1,4 +1,4 @@
-"""The model of ``fused_llama`` from the running vLLM's own layers."""
+"""The model of ``fused_llama``, built from the layers of the running vLLM."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import nn
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.models import llama
 
-from support.fused_llama import SIZES, mix
+from support.fused_llama import SIZES, combine_projections
 
-#: Module of a checkpoint -> its fused projection, its first output there, and the outputs' rows.
+#: Module of a checkpoint -> its fused projection, its first output in it, and its outputs' rows.
 SHARDS = {
     "in_proj_qkv": ("in_proj_qkvz", 0, SIZES[:3]),
     "in_proj_z": ("in_proj_qkvz", 3, SIZES[3:]),
@@ -34,7 +34,9 @@ class FusedLlamaMLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(mix(self.in_proj_qkvz(x)[0], self.in_proj_ba(x)[0]))[0]
+        return self.down_proj(combine_projections(self.in_proj_qkvz(x)[0], self.in_proj_ba(x)[0]))[
+            0
+        ]
 
 
 class FusedLlamaDecoderLayer(llama.LlamaDecoderLayer):
@@ -57,7 +59,8 @@ class FusedLlamaForCausalLM(llama.LlamaForCausalLM):
         parameters = dict(self.named_parameters())
         loaded = set()
 
-        def not_fused() -> Iterable[tuple[str, torch.Tensor]]:
+        def load_fused() -> Iterable[tuple[str, torch.Tensor]]:
+            """Load the weights of fused projections; yield all other weights."""
             for name, weight in weights:
                 layer, _, module = name.removesuffix(".weight").rpartition(".")
                 if module not in SHARDS:
@@ -69,4 +72,4 @@ class FusedLlamaForCausalLM(llama.LlamaForCausalLM):
                     parameters[target].weight_loader(parameters[target], rows, shard)
                 loaded.add(target)
 
-        return super().load_weights(not_fused()) | loaded
+        return super().load_weights(load_fused()) | loaded

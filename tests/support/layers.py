@@ -1,4 +1,4 @@
-"""Real vLLM fused layers with LoRA, run on one rank; and the dense arithmetic they must equal."""
+"""Real vLLM fused layers with LoRA on one TP rank, and the dense product they must equal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from support.cpu import unpin
+from support.cpu import disable_pinned_memory
 
 INPUT_SIZE = 32
 TOKENS = 12
@@ -19,7 +19,14 @@ MAX_RANK = 8
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused projection: its name, outputs, modules and which outputs each module covers."""
+    """A fused projection.
+
+    Attributes:
+        name: last part of the layer's path.
+        sizes: rows of each output.
+        modules: names of the modules, as adapters see them.
+        groups: per module the indices of the outputs that it covers.
+    """
 
     name: str
     sizes: tuple[int, ...]
@@ -29,6 +36,7 @@ class Fusion:
     bias: bool = False
 
     def rows(self, module: int) -> int:
+        """Return the rows of a module's LoRA-B."""
         return sum(self.sizes[output] for output in self.groups[module])
 
 
@@ -37,9 +45,9 @@ class Case:
     """One layer and the adapters in its slots.
 
     Attributes:
-        adapters: per slot, the modules that the adapter has (indices into ``fusion.modules``).
+        adapters: per slot the modules that the adapter has (indices into ``fusion.modules``).
         rank: LoRA's r.
-        plugin: whether vllm-nway-lora is on.
+        plugin: True with the plugin, False for stock vLLM.
     """
 
     fusion: Fusion
@@ -50,12 +58,13 @@ class Case:
     prefill: bool = True
 
     def stock(self) -> Case:
+        """Return the same case without the plugin."""
         return replace(self, plugin=False)
 
 
 @dataclass
 class Result:
-    """What one rank computed: its output ``(TOKENS, local width)`` and the layer that did it."""
+    """One TP rank's output, ``(TOKENS, local width)``, and figures of the layer that computed it."""
 
     output: torch.Tensor
     layer_class: str
@@ -65,11 +74,12 @@ class Result:
 
 
 def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[list[Any]], list[int]]:
-    """Make input, base weight, adapters (per slot and module ``(A, B)`` or None), slot per token.
+    """Return the input, the base weight, the adapters, and the slot of each token.
 
-    The same on every rank, from one seed. Tokens with slot -1 have no LoRA. The values are small
-    integers in float32, whose products and sums here float32 holds exactly: what is equal in
-    arithmetic is equal to the last bit, whichever order a machine's kernels add in.
+    The adapters are, per slot and module, ``(A, B)`` or None. Slot -1 means no LoRA. The seed is
+    fixed, so all TP ranks get the same tensors. The values are small integers in float32, whose sums
+    of products float32 represents exactly. Results are therefore equal to the last bit, in any order
+    of summation.
     """
     generator = torch.Generator().manual_seed(7)
 
@@ -87,7 +97,7 @@ def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[list[Any]], li
         ]
         for adapted in case.adapters
     ]
-    # Whole sequences, as in a prefill: the first has no LoRA, then one per slot.
+    # Whole sequences, as in a prefill: first one without LoRA, then one per slot.
     per_sequence = TOKENS // (len(adapters) + 1)
     slots = [-1] * (TOKENS - per_sequence * len(adapters))
     slots += [slot for slot in range(len(adapters)) for _ in range(per_sequence)]
@@ -95,10 +105,11 @@ def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[list[Any]], li
 
 
 def dense(case: Case, slots: Sequence[int] = ()) -> torch.Tensor:
-    """The reference: ``x (W + B A)^T`` with the whole weight of each token's adapter.
+    """Return the reference: ``x (W + B A)^T``, with the full weight of each token's adapter.
 
     Args:
-        slots: the slot of each token; those of :func:`tensors` if not given.
+        case: the layer and its adapters.
+        slots: the slot of each token; by default those of :func:`tensors`.
     """
     x, weight, adapters, usual = tensors(case)
     slots = slots or usual
@@ -117,7 +128,7 @@ def dense(case: Case, slots: Sequence[int] = ()) -> torch.Tensor:
 
 
 def assemble(fusion: Fusion, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Put the ranks' outputs together: per fused output, rank after rank."""
+    """Return the full output: for each fused output, the concatenated parts of all TP ranks."""
     if fusion.disable_tp:
         for output in outputs[1:]:
             assert torch.equal(output, outputs[0])
@@ -128,7 +139,7 @@ def assemble(fusion: Fusion, outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def run(case: Case) -> Result:
-    """Build the layer on this rank, put the adapters into its slots and run it."""
+    """Build the layer on this TP rank, write the adapters into its slots and run it."""
     layer = build(case)
     x, _, adapters, slots = tensors(case)
     for slot, adapter in enumerate(adapters):
@@ -137,19 +148,19 @@ def run(case: Case) -> Result:
 
 
 def build(case: Case) -> Any:
-    """Build the fused layer, load its weight and let vLLM wrap it for LoRA."""
+    """Build the fused layer, load its weight and have vLLM wrap it for LoRA."""
     from vllm.config.lora import LoRAConfig
-    from vllm.lora import utils, worker_manager  # noqa: F401  (its import applies the patches)
+    from vllm.lora import utils, worker_manager  # noqa: F401  (this import applies the patches)
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
     import vllm_nway_lora
-    from vllm_nway_lora import patches
+    from vllm_nway_lora.compat import registration
 
     vllm_nway_lora.unregister()
-    os.environ["VLLM_NWAY_LORA"] = "1"  # whatever the tests before have set on this rank
+    os.environ["VLLM_NWAY_LORA"] = "1"  # an earlier test may have set another mode on this TP rank
     if case.plugin:
         vllm_nway_lora.register()
-    assert bool(patches.applied()) == case.plugin
+    assert bool(registration.applied()) == case.plugin
     fusion = case.fusion
     base = MergedColumnParallelLinear(
         INPUT_SIZE,
@@ -176,7 +187,7 @@ def build(case: Case) -> Any:
 
 
 def set_adapter(layer: Any, slot: int, adapter: Sequence[Any]) -> None:
-    """Hand an adapter's pairs to the layer as vLLM's manager does: lists, or tensors where M is 1."""
+    """Set a slot as vLLM's manager does: with lists of A and B, or with tensors if M is 1."""
     lora_a = [pair and pair[0] for pair in adapter]
     lora_b = [pair and pair[1] for pair in adapter]
     if len(adapter) == 1:
@@ -185,6 +196,7 @@ def set_adapter(layer: Any, slot: int, adapter: Sequence[Any]) -> None:
 
 
 def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Result:
+    """Run a layer on a batch."""
     punica = punica_wrapper()
     layer.set_mapping(punica)
     return Result(
@@ -199,11 +211,12 @@ def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Resu
 def run_batches(
     case: Case, batches: Sequence[Sequence[int]], backend: str | None
 ) -> list[torch.Tensor]:
-    """Build the layer on this rank and run it on one batch after another.
+    """Build the layer on this TP rank and run it on one batch after another.
 
     Args:
-        batches: per batch the slot of each token (-1: none), at most ``TOKENS`` of them.
-        backend: torch.compile's, which makes one graph of the layer; None to run it as it is.
+        case: the layer and its adapters.
+        batches: per batch the slot of each token (-1: no LoRA), at most ``TOKENS`` tokens.
+        backend: backend of torch.compile, which compiles the layer as one graph; None for eager.
     """
     layer = build(case)
     x, _, adapters, _ = tensors(case)
@@ -216,19 +229,20 @@ def run_batches(
 
 
 def punica_wrapper() -> Any:
+    """Return a new CPU punica wrapper of vLLM."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    unpin()
+    disable_pinned_memory()
     config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS)
     return PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
 
 
 def map_tokens(punica: Any, slots: Sequence[int], prefill: bool = True) -> None:
-    """Give each token of a batch its slot, as vLLM's manager does."""
+    """Map each token of a batch to its slot, as vLLM's manager does."""
     from vllm.lora.layers import LoRAMapping
 
-    # The manager's ids are slot + 1; 0 is "no LoRA".
+    # Adapter ids are slot + 1 here; id 0 means no LoRA.
     ids = tuple(slot + 1 for slot in slots)
     mapping = LoRAMapping(ids, ids, is_prefill=prefill)
     punica.update_metadata(mapping, list(range(1, MAX_LORAS + 1)), MAX_LORAS + 1, 512)
@@ -237,6 +251,7 @@ def map_tokens(punica: Any, slots: Sequence[int], prefill: bool = True) -> None:
 def forward(
     case: Case, layer: Any, punica: Any, x: torch.Tensor, slots: Sequence[int]
 ) -> torch.Tensor:
+    """Map the tokens to their slots and return the layer's output."""
     map_tokens(punica, slots, case.prefill)
     output = layer(x)
     output = output[0] if isinstance(output, tuple) else output
@@ -248,53 +263,5 @@ def _bias(fusion: Fusion) -> torch.Tensor:
 
 
 def layer_class(case: Case) -> str:
-    """Return the class that the layer has once vLLM has wrapped it for LoRA, or has not."""
+    """Return the layer's class after vLLM's wrapping for LoRA; unchanged if vLLM does not wrap it."""
     return type(build(case)).__name__
-
-
-def try_set(fusion: Fusion, lora_a: Any, lora_b: Any) -> tuple[str, bool]:
-    """Set a slot that an adapter is in; return the error and whether the slot is as it was."""
-    layer = build(Case(fusion, ()))
-    rows = [fusion.rows(module) for module in range(len(fusion.modules))]
-    rank = 4
-    lora_a_before = [torch.ones(rank, INPUT_SIZE)] * len(rows)
-    layer.set_lora(1, lora_a_before, [torch.full((r, rank), 2.0) for r in rows])
-    stacks = (*layer.lora_a_stacked, *layer.lora_b_stacked)
-    before = [stack.clone() for stack in stacks]
-    try:
-        layer.set_lora(1, lora_a, lora_b)
-    except ValueError as error:
-        return str(error), all(map(torch.equal, before, stacks))
-    return "", False
-
-
-def set_in_turn(case: Case) -> bool:
-    """Set slot 1 to the case's adapter, in one layer after another adapter on everything.
-
-    Returns:
-        Whether LoRA's tensors are the same in both layers.
-    """
-    used, fresh = build(case), build(case)
-    whole = replace(case, rank=MAX_RANK, adapters=(tuple(range(len(case.fusion.modules))),))
-    for layer, cases in ((used, (whole, case)), (fresh, (case,))):
-        for each in cases:
-            [adapter] = tensors(each)[2]
-            set_adapter(layer, 1, adapter)
-    pairs = zip(
-        (*used.lora_a_stacked, *used.lora_b_stacked),
-        (*fresh.lora_a_stacked, *fresh.lora_b_stacked),
-        strict=True,
-    )
-    return all(torch.equal(a, b) and bool(a[0].eq(0).all()) for a, b in pairs)
-
-
-def warm_up(fusion: Fusion) -> str:
-    """Set what vLLM's `create_dummy_lora` makes, this rank's rows, all zero; return the error."""
-    layer = build(Case(fusion, ()))
-    dummies = [torch.zeros(b.shape[2], 4) for b in layer.lora_b_stacked]
-    for count in {len(fusion.modules), len(dummies)}:
-        try:
-            layer.set_lora(0, [torch.ones(4, INPUT_SIZE)] * count, dummies[:count])
-        except ValueError as error:
-            return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""A tiny model under vLLM's own LoRA manager, on this process's rank."""
+"""The model of ``tiny.py`` with vLLM's own LoRA manager, on the TP rank of this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tiny import MAX_LORAS, MAX_RANK, PARTS, SHAPES, VOCAB, build, read_
 
 
 class Rank:
-    """One rank's model and its ``LRUCacheWorkerLoRAManager``."""
+    """One TP rank's model and its ``LRUCacheWorkerLoRAManager``."""
 
     def __init__(
         self,
@@ -31,12 +31,12 @@ class Rank:
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         import vllm_nway_lora
-        from vllm_nway_lora import patches
+        from vllm_nway_lora.compat import registration
 
         vllm_nway_lora.unregister()
         os.environ["VLLM_NWAY_LORA"] = mode
         vllm_nway_lora.register()
-        assert bool(patches.applied()) == (mode != "0")
+        assert bool(registration.applied()) == (mode != "0")
         options = {} if target_modules is None else {"target_modules": target_modules}
         lora_config = LoRAConfig(
             max_lora_rank=MAX_RANK,
@@ -68,7 +68,7 @@ class Rank:
         self.manager = self.worker_manager._adapter_manager
 
     def add(self, name: str, number: int, folder: Path, *, inplace: bool = False) -> str:
-        """Add an adapter as a worker does; return the error's class and text, or nothing."""
+        """Add an adapter as a worker does; return the error's class and text, or an empty string."""
         from vllm.lora.request import LoRARequest
 
         try:
@@ -80,7 +80,7 @@ class Rank:
         return ""
 
     def buffers(self) -> list[torch.Tensor]:
-        """Every tensor that adapters are served from, copied."""
+        """Return copies of the stacked tensors of all layers."""
         return [
             tensor.clone()
             for layer in self.manager.modules.values()
@@ -89,99 +89,104 @@ class Rank:
         ]
 
     def is_exact(self, number: int, folder: Path) -> bool:
-        """Whether an adapter's slot is what its files say, merged as the base weights would be."""
+        """Return True if an adapter's slots equal its files.
+
+        The expected tensors are the files' deltas, loaded by the base layers' own weight loaders.
+        """
         slot = self.manager.lora_index_to_id.index(number)
         deltas = read_deltas(folder)
         for name, layer in self.manager.modules.items():
-            expected, taken = self._expected(name, layer, deltas)
-            for module in taken:
+            expected, loaded = self._load_expected(name, layer, deltas)
+            for module in loaded:
                 deltas.pop(module)
-            if not torch.allclose(_served(layer, slot), expected, rtol=1e-5, atol=1e-5):
+            if not torch.allclose(_compute_delta(layer, slot), expected, rtol=1e-5, atol=1e-5):
                 return False
         return not deltas
 
-    def _expected(
+    def _load_expected(
         self, name: str, layer: Any, deltas: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, list[str]]:
+        """Return what a slot must add to the layer's weight, and the modules that contribute to it."""
         parent, _, last = name.rpartition(".")
         if last in ("embed_tokens", "lm_head"):
             shape = SHAPES[name][::-1]
             return deltas.get(name, torch.zeros(shape)), [name] if name in deltas else []
         weight = layer.base_layer.weight
-        kept = weight.data.clone()
+        saved = weight.data.clone()
         weight.data.zero_()
-        taken = []
+        loaded = []
         for module, shard, rows in PARTS.get(last, [(last, None, slice(None))]):
             path = f"{parent}.{module}"
             if path in deltas:
                 shard_id = () if shard is None else (shard,)
                 weight.weight_loader(weight, deltas[path][rows].contiguous(), *shard_id)
-                taken.append(path)
+                loaded.append(path)
         expected = weight.data.clone()
-        weight.data.copy_(kept)
-        return expected, list(dict.fromkeys(taken))
+        weight.data.copy_(saved)
+        return expected, list(dict.fromkeys(loaded))
 
 
-def _served(layer: Any, slot: int) -> torch.Tensor:
-    """Return what a layer's slot adds to its rank's weight."""
+def _compute_delta(layer: Any, slot: int) -> torch.Tensor:
+    """Return what a slot of a layer adds to the layer's weight on this TP rank."""
     a, b = layer.lora_a_stacked, layer.lora_b_stacked
     if isinstance(a, tuple):
         return torch.cat([y[slot, 0] @ x[slot, 0] for x, y in zip(a, b)])
-    if a.ndim == 3:  # embeddings: A is stored transposed
+    if a.ndim == 3:  # embeddings store A transposed
         return b[slot, 0] @ a[slot].T
     return b[slot, 0] @ a[slot, 0]
 
 
 _rank: Rank
-_said: list[tuple[int, str]] = []
+_messages: list[tuple[int, str]] = []
 
 
-class _Keep(logging.Handler):
+class _MessageCollector(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        _said.append((record.levelno, record.getMessage()))
+        _messages.append((record.levelno, record.getMessage()))
 
 
 def start(**options: Any) -> list[str]:
-    """Build this process's rank; return the names of the modules that have LoRA layers."""
+    """Build this process's TP rank; return the paths of the layers that vLLM wrapped for LoRA."""
     global _rank
     logger = logging.getLogger("vllm.nway_lora")
-    if not any(isinstance(handler, _Keep) for handler in logger.handlers):
-        logger.addHandler(_Keep())
+    if not any(isinstance(handler, _MessageCollector) for handler in logger.handlers):
+        logger.addHandler(_MessageCollector())
         logger.setLevel(logging.INFO)
     _rank = Rank(**options)
     return list(_rank.manager.modules)
 
 
 def add(name: str, number: int, folder: Path, inplace: bool = False) -> str:
-    """Add an adapter to this process's rank; return the error, or nothing."""
+    """Add an adapter on this process's TP rank; return the error, or an empty string."""
     return _rank.add(name, number, folder, inplace=inplace)
 
 
 def has(number: int) -> bool:
-    """Whether this process's rank has an adapter."""
+    """Return True if this process's TP rank has an adapter."""
     return number in _rank.worker_manager.list_adapters()
 
 
 def said(level: int) -> list[str]:
-    """Return what this package has said at a level since the last call for any."""
-    lines = [line for of, line in _said if of == level]
-    _said.clear()
+    """Return the plugin's log messages of one level since the last call; forget those of all levels."""
+    lines = [line for message_level, line in _messages if message_level == level]
+    _messages.clear()
     return lines
 
 
 def is_exact(number: int, folder: Path) -> bool:
-    """Whether this process's rank serves an adapter as its files say."""
+    """Return True if an adapter's slots on this process's TP rank equal its files."""
     return _rank.is_exact(number, folder)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of an adapter: the error if it was refused, and what else is true then.
+    """The result of adding an adapter.
 
     Attributes:
-        unchanged: a refusal left every buffer, slot and registration as it was.
-        exact: an adapter that was not refused is served as its files say.
-        resident: the adapter that was there before is served as its files say.
+        error: the error's class and text if the adapter was refused; otherwise empty.
+        unchanged: True if every stacked tensor, slot and registration is the same as before.
+        exact: True if the adapter was not refused and its slots equal its files.
+        resident: True if the slots of the adapter that was loaded before still equal its files.
     """
 
     error: str
@@ -191,12 +196,13 @@ class Attempt:
 
     @property
     def good(self) -> bool:
-        whole = self.unchanged if self.error else self.exact
-        return whole and self.resident
+        """True if the adapter is exact, or refused with nothing changed, and ``resident`` is True."""
+        passed = self.unchanged if self.error else self.exact
+        return passed and self.resident
 
 
 def attempt(folder: Path, resident: Path) -> Attempt:
-    """Add an adapter as number 2 beside number 1, look, and take it out again."""
+    """Add an adapter as number 2 while ``resident`` is number 1; compare; remove it again."""
     rank = _rank
     if 1 not in rank.worker_manager.list_adapters():
         assert rank.add("resident", 1, resident) == ""

@@ -1,7 +1,7 @@
-"""Real vLLM model classes on CPU, one rank of any tensor-parallel size at a time, no processes.
+"""Real vLLM model classes on CPU, as one rank of any tensor-parallel size, all in one process.
 
-A rank is simulated by a stand-in for vLLM's tensor-parallel group: layers build and load what that
-rank would. What ranks exchange under ``fully_sharded_loras`` is put together from all of them.
+Each rank has a stand-in for vLLM's tensor-parallel group, so layers build and load the part of that
+rank. The gathers of ``fully_sharded_loras`` return the concatenated parts of all simulated ranks.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from unittest import mock
 
 import torch
 
-from vllm_nway_lora import offline
+from vllm_nway_lora.diagnosis import offline
 
 MAX_LORAS = 4
 MAX_RANK = 8
 
 
-# vLLM has no LoRA on Inkling without this.
+# vLLM supports LoRA on Inkling only with this setting.
 os.environ["INKLING_MULTIMEM_AR"] = "0"
 
 
 def save_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write a model's config.json, with a type.
+    """Write a model's ``config.json`` with a ``dtype``.
 
-    Without one vLLM would look for weights to tell it, on the hub too, again and again.
+    Without a ``dtype``, vLLM repeatedly looks for weights to find it, on the hub too.
     """
     (folder / "config.json").write_text(json.dumps({"dtype": "float32", **config}))
 
 
 class RankModel:
-    """One rank's instance of a model class, with an empty LoRA manager around it on demand."""
+    """One rank's instance of a model class; :meth:`wrap` adds an empty LoRA manager."""
 
     def __init__(
         self, config: Mapping[str, Any], rank: int, size: int, fully_sharded: bool = False
@@ -56,35 +56,40 @@ class RankModel:
             offline.build(self._rank, "cpu")
         self.group, self.model = self._rank.group, self._rank.model
         self.vllm_config = self._rank.vllm_config
-        self.model.float()  # some layers have a type of their own
+        self.model.float()  # some layers set their own dtype
         for parameter in self.model.parameters():
-            parameter.data.zero_()  # rows that no checkpoint fills are equal on every instance
+            parameter.data.zero_()  # so rows that no checkpoint fills are equal in every instance
 
-    def _as_this_rank(self, function: Callable[[], Any]) -> Any:
+    def run_as_rank(self, function: Callable[[], Any]) -> Any:
+        """Call ``function`` while this process is this rank; return its result."""
         with self._rank.current():
             return function()
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Load part of a checkpoint, by the names that it has there, with the model's own code."""
-        self._as_this_rank(lambda: self.model.load_weights(iter(weights.items())))
+        """Load part of a checkpoint with the model's own code.
+
+        Args:
+            weights: name in the checkpoint -> tensor.
+        """
+        self.run_as_rank(lambda: self.model.load_weights(iter(weights.items())))
 
     def wrap(self) -> None:
-        """Do what the worker does after loading: process the weights, build the LoRA layers."""
+        """Process the weights and build the LoRA layers, as a worker does after loading."""
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
         def wrap() -> None:
             cpu = torch.device("cpu")
-            with _convolutions_left_alone():
+            with _pack_linear_weights_only():
                 process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
 
-        self._as_this_rank(wrap)
+        self.run_as_rank(wrap)
 
     def warm_up(self) -> None:
-        """Put a dummy adapter into every slot, as the worker does before it captures graphs."""
+        """Activate a dummy adapter in every slot, as a worker does before it captures graphs."""
         from vllm.lora.request import LoRARequest
 
         def warm_up() -> None:
@@ -97,27 +102,27 @@ class RankModel:
                     manager._adapter_manager.activate_adapter(request.lora_int_id)
             manager.remove_all_adapters()
 
-        self._as_this_rank(warm_up)
+        self.run_as_rank(warm_up)
 
     def add_adapter(self, name: str, adapter_id: int, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest(name, adapter_id, str(folder))
-        self._as_this_rank(lambda: self.worker_manager.add_adapter(request))
+        self.run_as_rank(lambda: self.worker_manager.add_adapter(request))
 
     def remove_adapter(self, adapter_id: int) -> None:
         self.worker_manager.remove_adapter(adapter_id)
 
-    def select(self, adapter_id: int, tokens: int) -> None:
-        """Have all of the next ``tokens`` tokens run with an adapter."""
+    def select_adapter(self, adapter_id: int, tokens: int) -> None:
+        """Map all of the next ``tokens`` tokens to an adapter."""
         from vllm.lora.layers import LoRAMapping
 
         mapping = LoRAMapping((adapter_id,) * tokens, (adapter_id,), is_prefill=True)
         self.worker_manager._adapter_manager.set_adapter_mapping(mapping)
 
     def forward(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        output = self._as_this_rank(lambda: self.model.get_submodule(name)(x))
-        # With the bias, which is None here; or in two parts (Step5's indexer).
+        output = self.run_as_rank(lambda: self.model.get_submodule(name)(x))
+        # Layers return (output, bias), with bias None here. Step5's indexer returns two parts.
         return (
             torch.cat([part for part in output if part is not None], -1)
             if isinstance(output, tuple)
@@ -126,7 +131,7 @@ class RankModel:
 
 
 def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torch.Tensor]:
-    """Run a layer on every rank, each with what all ranks sent in its gathers."""
+    """Run a layer on every rank; its gathers return what all ranks have sent."""
     for rank in ranks:
         rank.group.sent.clear()
         rank.forward(name, x)
@@ -137,19 +142,25 @@ def forward_all(ranks: list[RankModel], name: str, x: torch.Tensor) -> list[torc
 
 
 def import_classes(config: Mapping[str, Any]) -> None:
-    """Import a model's classes: vLLM would look at each in a process that imports all again."""
+    """Import a model's classes in this process.
+
+    Otherwise vLLM inspects each class in a new process, which imports vLLM again.
+    """
     for part in (config, config.get("text_config", {})):
         for architecture in part.get("architectures", ()):
             module = sys.modules[offline.import_class(architecture).__module__]
-            # transformers came to call these layers so while vLLM did not know it yet (to 0.24.0).
+            # transformers renamed these layer types; vLLM knows only the old names up to 0.24.0.
             layer_types = getattr(module, "ALL_DECODER_LAYER_TYPES", {})
             if "mamba" in layer_types:
                 layer_types.setdefault("linear_attention", layer_types["mamba"])
                 layer_types.setdefault("full_attention", layer_types["attention"])
 
 
-def _convolutions_left_alone() -> AbstractContextManager[Any]:
-    """Have CPU weights packed for linear layers only: to 0.20.2 a convolution's fails there."""
+def _pack_linear_weights_only() -> AbstractContextManager[Any]:
+    """Return a patch that packs CPU weights of linear layers only.
+
+    Up to vLLM 0.20.2, packing a convolution's weight fails.
+    """
     from vllm.model_executor.layers import utils
 
     pack = utils.dispatch_cpu_unquantized_gemm

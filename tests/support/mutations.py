@@ -1,4 +1,4 @@
-"""Random damage to a good adapter, drawn by hypothesis: each must be served exactly or refused."""
+"""Random mutations of a good adapter, drawn by hypothesis; each result must be exact or refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ Tensors = dict[str, torch.Tensor]
 class Adapter:
     """An adapter's files, in memory.
 
-    ``damage`` is done to the written files; ``steps`` tells what was done: indices of
-    :data:`MUTATIONS`, then some of the shapes that differ.
+    Attributes:
+        tensors: name -> tensor.
+        config: content of ``adapter_config.json``.
+        damage: functions that change the written files.
+        steps: what was done: indices of :data:`MUTATIONS`, then some of the changed shapes.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -33,6 +36,7 @@ class Adapter:
         return f"Adapter(steps={self.steps}, config={self.config})"
 
     def save(self, folder: Path) -> Path:
+        """Save the adapter and apply ``damage`` to the files; return ``folder``."""
         tiny.save(folder, self.tensors, self.config)
         for damage in self.damage:
             damage(folder)
@@ -45,19 +49,23 @@ MUTATIONS: list[Callable[[Adapter, Random], object]] = []
 def mutation(
     function: Callable[[Adapter, Random], object],
 ) -> Callable[[Adapter, Random], object]:
+    """Add a function to :data:`MUTATIONS`."""
     MUTATIONS.append(function)
     return function
 
 
-def _pick(adapter: Adapter, random: Random) -> str:
+def _choose_name(adapter: Adapter, random: Random) -> str:
+    """Return the name of a random tensor; empty if there is none."""
     return random.choice(sorted(adapter.tensors)) if adapter.tensors else ""
 
 
 def _change(
     change: Callable[[torch.Tensor, Random], torch.Tensor],
 ) -> Callable[[Adapter, Random], None]:
+    """Return a mutation that applies ``change`` to one tensor."""
+
     def apply(adapter: Adapter, random: Random) -> None:
-        name = _pick(adapter, random)
+        name = _choose_name(adapter, random)
         if name:
             adapter.tensors[name] = change(adapter.tensors[name], random)
 
@@ -65,10 +73,10 @@ def _change(
 
 
 def _rename(rename: Callable[[str, Random], str]) -> Callable[[Adapter, Random], None]:
-    """Rename one tensor, or both of its module."""
+    """Return a mutation that renames one tensor, or both tensors of its module."""
 
     def apply(adapter: Adapter, random: Random) -> None:
-        name = _pick(adapter, random)
+        name = _choose_name(adapter, random)
         module = name.rpartition(".lora_")[0]
         both = random.random() < 0.7
         for old in [n for n in adapter.tensors if n.startswith(f"{module}.lora_") and both] or [
@@ -93,7 +101,7 @@ def _resize(tensor: torch.Tensor, random: Random) -> torch.Tensor:
     )
 
 
-def _poison(tensor: torch.Tensor, random: Random) -> torch.Tensor:
+def _insert_non_finite(tensor: torch.Tensor, random: Random) -> torch.Tensor:
     if not tensor.numel() or not tensor.is_floating_point():
         return tensor
     tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -109,10 +117,10 @@ _DTYPES = [torch.int8, torch.int64, torch.bool, torch.float64, torch.float16, to
 for _function in (
     _change(_resize),
     _change(_resize),
-    _change(_poison),
+    _change(_insert_non_finite),
     _change(lambda tensor, random: tensor.to(random.choice(_DTYPES))),
     _change(lambda tensor, random: tensor.T.contiguous() if tensor.ndim == 2 else tensor),
-    # Not contiguous, the values as they were.
+    # Makes the tensor non-contiguous and does not change its values.
     _change(lambda tensor, random: tensor.T.contiguous().T if tensor.ndim == 2 else tensor),
     _change(lambda tensor, random: tensor.flatten()),
     _change(lambda tensor, random: tensor.unsqueeze(random.randrange(tensor.ndim + 1))),
@@ -134,12 +142,12 @@ for _function in (
 
 @mutation
 def drop(adapter: Adapter, random: Random) -> None:
-    adapter.tensors.pop(_pick(adapter, random), None)
+    adapter.tensors.pop(_choose_name(adapter, random), None)
 
 
 @mutation
 def keep_one_module(adapter: Adapter, random: Random) -> None:
-    module = _pick(adapter, random).rpartition(".lora_")[0]
+    module = _choose_name(adapter, random).rpartition(".lora_")[0]
     adapter.tensors = {n: t for n, t in adapter.tensors.items() if n.startswith(f"{module}.")}
 
 
@@ -150,7 +158,7 @@ def keep_nothing(adapter: Adapter, random: Random) -> None:
 
 @mutation
 def swap(adapter: Adapter, random: Random) -> None:
-    one, other = _pick(adapter, random), _pick(adapter, random)
+    one, other = _choose_name(adapter, random), _choose_name(adapter, random)
     if one:
         values = adapter.tensors
         values[one], values[other] = values[other].clone(), values[one].clone()
@@ -158,7 +166,7 @@ def swap(adapter: Adapter, random: Random) -> None:
 
 @mutation
 def name_twice(adapter: Adapter, random: Random) -> None:
-    name = _pick(adapter, random)
+    name = _choose_name(adapter, random)
     if name:
         adapter.tensors[name.removeprefix(tiny.PREFIX)] = adapter.tensors[name] * 2
 
@@ -210,7 +218,7 @@ def damage_a_file(adapter: Adapter, random: Random) -> None:
         elif kind == 2:
             file.unlink()
         elif kind == 3:
-            # In the header, so that no value changes unseen.
+            # Only bytes of the header: a changed tensor value would still be a valid adapter.
             at = at % 200
             file.write_bytes(content[:at] + b"\xff" + content[at + 1 :])
         elif kind == 4:
@@ -223,7 +231,7 @@ def damage_a_file(adapter: Adapter, random: Random) -> None:
 
 @st.composite
 def adapters(draw: st.DrawFn) -> Adapter:
-    """Draw a good adapter with one to three mutations."""
+    """Draw a good adapter and apply one to three mutations."""
     adapter = Adapter(tiny.tensors(draw(st.integers(0, 9))))
     chosen = draw(st.lists(st.sampled_from(MUTATIONS), min_size=1, max_size=3))
     random = draw(st.randoms(use_true_random=False))

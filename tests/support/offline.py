@@ -1,6 +1,6 @@
-"""An engine without a server, for tests of many releases: one import of vLLM instead of five.
+"""An engine without a server, for tests of many releases: vLLM is imported once instead of five times.
 
-The engine core runs in the process that asks and its workers are forked from it. Loader, LoRA
+The engine core runs in the calling process, and the workers are forked from that process. Loader, LoRA
 manager, workers, executor and warm-up are the release's own.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 from support.adapters import Answer
 from support.server import NEW_TOKENS, engine_environment
 
-LIMIT = 1200  # seconds
+TIMEOUT = 1200  # seconds
 
 
-def serve(
+def complete_with_adapters(
     checkpoint: Path,
     adapters: dict[str, Path],
     prompt: list[int],
@@ -30,9 +30,13 @@ def serve(
     plugin: bool,
     tensor_parallel_size: int = 2,
 ) -> dict[str, Answer | str]:
-    """Load each adapter in turn, fully sharded, and complete ``prompt`` with it greedily.
+    """Start an engine in a child process and complete ``prompt`` greedily with each adapter in turn.
 
-    Returns per adapter, and under "" for the base model, the answer or the error of its loading.
+    The engine runs with ``fully_sharded_loras``.
+
+    Returns:
+        Per adapter, and under "" for the base model: the answer, or the text of the error with which
+        the adapter failed to load.
 
     Raises:
         RuntimeError: the engine did not start or did not end; the message is the end of its log.
@@ -60,7 +64,7 @@ def serve(
         )
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(LIMIT)
+                process.wait(TIMEOUT)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -75,6 +79,7 @@ def serve(
 
 
 def main(job: dict[str, Any]) -> None:
+    """Run the engine in this process and write the answers to ``job["answers"]``."""
     import inspect
     import multiprocessing
 
@@ -84,9 +89,10 @@ def main(job: dict[str, Any]) -> None:
     from vllm.v1.worker import cpu_worker
 
     def get_mp_context() -> Any:
-        # vLLM spawns on CPU; nothing here has used a device or a thread that a fork would lose.
-        # 0.18's workers refuse to start unless two libraries that only speed them up are named as
-        # preloaded; later ones warn (vllm/v1/worker/cpu_worker.py, init_device).
+        # vLLM spawns workers on CPU. Forking is safe here: this process has used no device and no
+        # thread that a fork would lose. 0.18's workers do not start unless LD_PRELOAD names two
+        # libraries that only make them faster; workers of later releases print a warning
+        # (vllm/v1/worker/cpu_worker.py, init_device).
         if "raise RuntimeError" in inspect.getsource(cpu_worker.CPUWorker.init_device):
             os.environ["LD_PRELOAD"] = "libtcmalloc libiomp"
         return multiprocessing.get_context("fork")
@@ -129,7 +135,7 @@ def main(job: dict[str, Any]) -> None:
             "prompt_length": len(job["prompt"]),
         }
     Path(job["answers"]).write_text(json.dumps(answers))
-    os._exit(0)  # the workers end with the session that they are in
+    os._exit(0)  # the parent process ends the workers, which are in this process's session
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Python code run in a process of its own: what a plugin does to a process is tested in fresh ones."""
+"""Python code run in a fresh process, for tests of what the plugin changes in a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from typing import Any
 def run_python(
     code: str, *arguments: str, **environment: str | None
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` with ``arguments``, and with ``environment`` on top of this process's; None takes a variable away."""
+    """Run ``code`` with ``arguments`` in a fresh process.
+
+    Args:
+        code: Python code.
+        arguments: the process's ``sys.argv[1:]``.
+        environment: variables set on top of this process's; None removes a variable.
+    """
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     env.pop("VLLM_NWAY_LORA", None)
     for name, value in environment.items():
@@ -30,10 +36,10 @@ def run_python(
 
 
 def evaluate(code: str, *arguments: str, **environment: str | None) -> Any:
-    """Run ``code``, which prints JSON as its last line, and return that.
+    """Run ``code``, whose last printed line is JSON, and return the value of that line.
 
     Raises:
-        RuntimeError: the code failed; the message is what it wrote.
+        RuntimeError: the code failed; the message is its stdout and stderr.
     """
     done = run_python(code, *arguments, **environment)
     if done.returncode:

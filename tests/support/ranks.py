@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks in real processes (gloo), kept for many test cases."""
+"""Tensor-parallel ranks in real processes (gloo), shared by many test cases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 class Ranks:
     """A tensor-parallel group of ``size`` processes that run one function at a time, together.
 
-    Processes are forked from a server that has vLLM imported, which costs its import once.
+    The processes are forked from a server that has imported vLLM, so vLLM is imported only once.
     """
 
     def __init__(self, size: int) -> None:
@@ -48,6 +48,7 @@ class Ranks:
         return [result for _, result in answers]
 
     def close(self) -> None:
+        """Stop all processes."""
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:
@@ -62,7 +63,7 @@ def _serve(pipe: Connection, address: str, rank: int, size: int) -> None:
     from vllm.distributed import parallel_state
 
     torch.set_num_threads(1)
-    # vLLM's launcher sets it; its CPU communicator names the group's shared memory by it.
+    # vLLM's launcher sets this; vLLM's CPU communicator uses it to name the group's shared memory.
     os.environ["VLLM_DIST_IDENT"] = address.rpartition(":")[2]
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(size, rank, address, rank, "gloo")

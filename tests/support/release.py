@@ -1,4 +1,4 @@
-"""What engines of any release are tested with: a checkpoint, its adapters and PEFT's answers."""
+"""The checkpoint and adapters that one engine per release is tested with, and its expected errors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import vllm
 from packaging.version import Version
 
-from support import adapters
-from support.adapters import FUSED_LLAMA, QWEN3_5, Served
+from support.adapters import FUSED_LLAMA, QWEN3_5, ServedModel, save_served_model
 from support.checkpoints import save_fused_llama, save_qwen3_5
-from vllm_nway_lora import releases
+from vllm_nway_lora.compat import defects
+from vllm_nway_lora.compat.releases import QWEN3_5_TEXT
 
-#: Adapter -> the defect that stock vLLM serves it with, where it has one.
+#: Adapter -> the defect of stock vLLM that affects it. Adapters without a defect are not listed.
 DEFECTS = {
     "qkv+z": "fewer-modules-than-outputs",
     "qkv": "last-module-left-out",
@@ -22,18 +22,20 @@ DEFECTS = {
 }
 
 
-def make(root: Path) -> Served:
-    """Save what the running vLLM is to serve below ``root``."""
-    if Version(vllm.__version__) >= releases.QWEN3_5_TEXT:
-        return adapters.make(root, save_qwen3_5, QWEN3_5)
-    return adapters.make(root, save_fused_llama, FUSED_LLAMA)
+def save_model_of_release(root: Path) -> ServedModel:
+    """Save a checkpoint that the running vLLM can serve, and its adapters, below ``root``."""
+    if Version(vllm.__version__) >= QWEN3_5_TEXT:
+        return save_served_model(root, save_qwen3_5, QWEN3_5)
+    return save_served_model(root, save_fused_llama, FUSED_LLAMA)
 
 
-def stock_messages(adapter: str) -> tuple[str, ...] | None:
-    """Return what the running vLLM, without the plugin, says of an adapter.
+def find_stock_messages(adapter: str) -> tuple[str, ...] | None:
+    """Return parts of the error with which the running vLLM, without the plugin, refuses an adapter.
 
-    None where it serves the adapter rightly, nothing where it serves it wrongly.
+    Returns:
+        None if stock vLLM serves the adapter correctly; an empty tuple if it silently produces wrong
+        output.
     """
     if adapter not in DEFECTS:
         return None
-    return releases.defect(DEFECTS[adapter]).messages(vllm.__version__)
+    return defects.find(DEFECTS[adapter]).messages(vllm.__version__)

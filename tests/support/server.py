@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server as a child process, and requests to it."""
+"""vLLM's OpenAI-compatible server as a child process, and a client for it."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TESTS = Path(__file__).resolve().parent.parent
 
 
 class ServerError(RuntimeError):
-    """The server did not start, or answered with an error; the message is its own."""
+    """The server did not start (the message ends with its log), or answered with an error."""
 
 
 class Server:
-    """A running server; leaving the ``with`` block ends it and every process that it started."""
+    """A server that runs inside a ``with`` block; on exit it is stopped with all its processes."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.log = log
         self._tick = tick
-        # `vllm serve` needs a distribution named vllm, which the CPU build is not.
+        # `vllm serve` needs a distribution named vllm; the CPU build has another name.
         self._command = [
             *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port)),
@@ -92,19 +92,22 @@ class Server:
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(30)
-        # Workers of an engine that failed can outlive it; all are in the session of this process.
+        # Workers can outlive a failed engine. They are all in the server's session.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def load(self, name: str, folder: Path, *, inplace: bool = False) -> None:
+        """Load an adapter; with ``inplace``, replace a loaded adapter of that name."""
         body = {"lora_name": name, "lora_path": str(folder), "load_inplace": inplace}
         self._request("/v1/load_lora_adapter", body)
 
     def unload(self, name: str) -> None:
+        """Unload an adapter."""
         self._request("/v1/unload_lora_adapter", {"lora_name": name})
 
     def models(self) -> list[str]:
+        """Return the names of the served models: the base model's, then the adapters'."""
         return [model["id"] for model in json.loads(self._request("/v1/models"))["data"]]
 
     def complete(
@@ -117,8 +120,9 @@ class Server:
     ) -> Answer:
         """Complete ``prompt`` greedily; return all tokens and their logprobs.
 
-        Without ``score_prompt`` only of the new ones: with LoRA on CPU, vLLM 0.32.0 cannot score
-        prompts in batches of several requests (its LM head's LoRA gets a wrong batch size).
+        Without ``score_prompt``, the answer has logprobs of the new tokens only. Concurrent requests
+        need this: with LoRA on CPU, vLLM 0.32.0 cannot score prompts in batches of several requests
+        (its LM head's LoRA gets a wrong batch size).
         """
         body = {
             "model": model,
@@ -140,7 +144,7 @@ class Server:
         return Answer(prompt + generated, logprobs, len(prompt))
 
     def memory(self) -> dict[str, int]:
-        """Return the resident bytes of the server and each process that it started, by title."""
+        """Return the resident bytes of the server and of its child processes, by process title."""
         import psutil
 
         process = psutil.Process(self._process.pid)
@@ -158,7 +162,7 @@ class Server:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        # No proxy: the server is on this machine.
+        # The server is on this machine, so environment variables for proxies must not apply.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=300) as response:
@@ -171,18 +175,18 @@ class Server:
 
 
 def engine_environment(plugin: bool, tensor_parallel_size: int) -> dict[str, str]:
-    """Return this process's environment, set up for a small CPU engine."""
+    """Return this process's environment with the settings of a small CPU engine."""
     return {
         **os.environ,
         "VLLM_NWAY_LORA": "1" if plugin else "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # One NUMA node: say which cores each rank has, else every rank takes them all.
+        # On one NUMA node, every TP rank would otherwise use all cores.
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank) for rank in range(tensor_parallel_size))
         if tensor_parallel_size > 1
         else "auto",
-        # What tests add to vLLM's processes (see dense_qwen3_next.py) is found as plugins are.
+        # vLLM's processes find the tests' own plugins (see dense_qwen3_next.py) on this path.
         "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS / "support" / "plugin"))),
-        "VLLM_LOGGING_LEVEL": "INFO",  # tests read the logs, whatever level the caller has
+        "VLLM_LOGGING_LEVEL": "INFO",  # tests read the logs, so the caller's level must not apply
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -1,4 +1,7 @@
-"""Long runs against admission: ``python3 ci/stress.py`` has the numbers, the suites do a few steps."""
+"""Long tests of admission, run by ``python3 ci/stress.py``; the test suites run a few steps of them.
+
+In the results, ``wrong`` counts the failures.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ from support.server import Server, ServerError
 MODULES = ("in_proj_qkv", "in_proj_z", "q_proj", "down_proj")
 
 
-def mutate(count: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
-    """Hand ``count`` mutated adapters to vLLM's LoRA manager; return what came of them."""
+def run_mutations(count: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
+    """Add ``count`` mutated adapters to vLLM's LoRA manager; return the counts of the results."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as with_seed
 
@@ -49,11 +52,11 @@ def mutate(count: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
         )
         def run(adapter: mutations.Adapter) -> None:
             attempts = ranks.run(manager.attempt, adapter.save(root / "mutant"), resident)
-            ours = all(
+            refused_by_plugin = all(
                 "AdapterError: LoRA adapter 'mutant'" in a.error for a in attempts if a.error
             )
             counts["tried"] += 1
-            if not ours or not all(attempt.good for attempt in attempts):
+            if not refused_by_plugin or not all(attempt.good for attempt in attempts):
                 counts["wrong"] += 1
                 wrong.append(f"{adapter}: {attempts}")
             elif any(attempt.error for attempt in attempts):
@@ -77,7 +80,7 @@ def mutate(count: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
 
 
 class Soak:
-    """Loads, unloads, refusals and requests on one server, each answer held against PEFT."""
+    """Random loads, unloads, refusals and requests on one server; answers are compared with PEFT's."""
 
     def __init__(self, checkpoint: Path, root: Path) -> None:
         self.good = {
@@ -85,7 +88,7 @@ class Soak:
             for seed, name in enumerate("abcd")
         }
         self.bad = [
-            damage.copy(folder, root / f"{name}-{change.__name__}", change)
+            damage.copy_adapter(folder, root / f"{name}-{change.__name__}", change)
             for name, folder in self.good.items()
             for change in damage.DAMAGES
         ]
@@ -98,14 +101,14 @@ class Soak:
         self._names = 0
 
     def run(self, server: Server, steps: int, seed: int = 0) -> None:
-        """Do ``steps`` loads, unloads or refusals, and a request after each; then unload all."""
+        """Run ``steps`` loads, unloads or refusals, each followed by a request; then unload all."""
         random = Random(seed)
         for step in range(steps):
             if step and step % 100 == 0:
                 print(step, dict(self.counts), flush=True)
             self._step(server, random)
             if self._served:
-                self._ask(server, random)
+                self._request(server, random)
         for name in list(self._served):
             server.unload(name)
             del self._served[name]
@@ -138,17 +141,17 @@ class Soak:
             self._served[f"{adapter}{self._names}"] = adapter
             self.counts["loads"] += 1
 
-    def _ask(self, server: Server, random: Random) -> None:
+    def _request(self, server: Server, random: Random) -> None:
         name = random.choice(sorted(self._served))
         answer = server.complete(name, prompts(1)[0], new_tokens=4)
         comparison = self.reference.compare(self._served[name], answer)
         self.counts["requests"] += 1
-        self.counts["wrong"] += not comparison.exact
+        self.counts["wrong"] += not comparison.is_exact
         self.largest_error = max(self.largest_error, comparison.error)
 
 
-def soak(steps: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
-    """Run :class:`Soak` on a server of its own; return its counts and the processes' memory."""
+def run_soak(steps: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
+    """Run :class:`Soak` on a new server; return its counts and the processes' resident memory."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         checkpoint = save_qwen3_5(root / "model")
@@ -157,7 +160,7 @@ def soak(steps: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
         with Server(
             checkpoint, root / "log", *slots, plugin=True, tensor_parallel_size=tensor_parallel_size
         ) as server:
-            run.run(server, 20, seed + 1)  # until caches and arenas have their sizes
+            run.run(server, 20, seed + 1)  # lets caches and memory arenas reach their final sizes
             before, warm_up = server.memory(), sum(run.counts.values())
             run.counts.clear()
             run.counts.update(dict.fromkeys(["wrong"], 0))
@@ -180,7 +183,7 @@ def soak(steps: int, tensor_parallel_size: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run what the command line says; write the result as JSON; return 0 if nothing was wrong."""
+    """Run the test that the command line names; write the result as JSON; return 0 if it passed."""
     import vllm
 
     import vllm_nway_lora
@@ -193,9 +196,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.what == "mutations":
         count = (arguments.count or 10_000) // 2
-        runs = [mutate(count, size, arguments.seed + size) for size in (1, 2)]
+        runs = [run_mutations(count, size, arguments.seed + size) for size in (1, 2)]
     else:
-        runs = [soak(arguments.count or 500, 2, arguments.seed)]
+        runs = [run_soak(arguments.count or 500, 2, arguments.seed)]
     result = {
         "vllm": vllm.__version__,
         "vllm-nway-lora": vllm_nway_lora.__version__,

@@ -1,4 +1,4 @@
-"""A tiny model of real vLLM layers, and adapters for it on disk."""
+"""A tiny model of real vLLM layers, and adapter folders for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCAB, HIDDEN, INTERMEDIATE, HEAD, HEADS, KV_HEADS = 64, 32, 48, 8, 4, 2
 MAX_RANK, MAX_LORAS, RANK, ALPHA = 8, 4, 4, 8
 PREFIX = "base_model.model."
 
-#: Modules that an adapter sees -> (A's columns, B's rows).
+#: Module, as adapters see it -> (columns of LoRA-A, rows of LoRA-B).
 SHAPES = {
     "model.embed_tokens": (VOCAB, HIDDEN),
     "lm_head": (HIDDEN, VOCAB),
@@ -38,7 +38,7 @@ SHAPES = {
     },
 }
 
-#: How each layer's weight loader is told of a module's part: (module, shard id, rows of the module).
+#: Fused projection -> its outputs: (module, shard id for the weight loader, rows of the module).
 PARTS = {
     "in_proj_qkvz": [
         ("in_proj_qkv", 0, slice(0, 16)),
@@ -52,7 +52,7 @@ PARTS = {
 
 
 def tensors(seed: int, modules: Sequence[str] = tuple(SHAPES)) -> dict[str, torch.Tensor]:
-    """Make a good adapter's tensors as PEFT names them; small integers, so that sums are exact."""
+    """Return a good adapter's tensors under PEFT's names; small integers, so that sums are exact."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(*shape: int) -> torch.Tensor:
@@ -72,6 +72,7 @@ def tensors(seed: int, modules: Sequence[str] = tuple(SHAPES)) -> dict[str, torc
 
 
 def config(**changes: Any) -> dict[str, Any]:
+    """Return the content of a good ``adapter_config.json``, updated by ``changes``."""
     return {
         "peft_type": "LORA",
         "r": RANK,
@@ -87,7 +88,7 @@ def config(**changes: Any) -> dict[str, Any]:
 def save(
     folder: Path, values: Mapping[str, torch.Tensor], settings: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write an adapter as PEFT does; tensors that safetensors cannot hold make it a ``.bin``."""
+    """Save an adapter as PEFT does; as a ``.bin`` if safetensors cannot store its tensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +105,9 @@ def save(
 
 
 def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
-    """Return ``scaling * B @ A`` per module of an adapter's files, float32, as PEFT defines it.
+    """Return ``scaling * B @ A``, as PEFT defines it, per module of an adapter folder, in float32.
 
-    Without modules that this model skips or leaves to another pipeline rank.
+    Modules that this model skips, or that belong to another pipeline rank, are left out.
     """
     from safetensors.torch import load_file
 
@@ -134,6 +135,12 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def build(multimodal: bool, unwrappable: bool) -> Any:
+    """Build the model.
+
+    Args:
+        multimodal: True to add a vision tower and to declare the model multimodal.
+        unwrappable: True to build ``gate_up_proj`` from a class with its own ``forward``.
+    """
     from torch import nn
     from vllm.model_executor.layers.linear import (
         MergedColumnParallelLinear,
@@ -151,7 +158,7 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
     from vllm.model_executor.models.utils import PPMissingLayer
 
     class GateUp(MergedColumnParallelLinear):
-        """With a forward of its own: vLLM's LoRA takes it where it is not sharded, ours nowhere."""
+        """A layer with its own ``forward``; the plugin never wraps it, vLLM only if not sharded."""
 
         def forward(self, input_: torch.Tensor) -> Any:
             return super().forward(input_)
@@ -217,7 +224,7 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
     blocks = [block(f"model.layers.{n}") for n in range(2)]
     model.model = group(
         embed_tokens=embeddings,
-        # The third layer is another pipeline rank's.
+        # The third layer belongs to another pipeline rank.
         layers=nn.ModuleList([*blocks, PPMissingLayer()]),
     )
     model.lm_head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Multiply-adds of LoRA layers, counted as they run, and the least that an adapter needs."""
+"""Multiply-adds of LoRA layers: a counter, and the minimum that an adapter needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class GivenOutput:
-    """A quantisation method that multiplies nothing: LoRA is added to an output that is there."""
+    """A quantisation method that returns a given output instead of multiplying."""
 
     def __init__(self, output: torch.Tensor) -> None:
         self.output = output
@@ -23,24 +23,24 @@ class GivenOutput:
 
 @contextlib.contextmanager
 def without_base(layer: Any, output: torch.Tensor) -> Iterator[None]:
-    """Have a LoRA layer add its LoRA part to ``output`` instead of the base layer's product."""
+    """Replace the base layer's product by ``output``, to which the layer then adds its LoRA part."""
     with mock.patch.object(layer.base_layer, "quant_method", GivenOutput(output)):
         yield
 
 
 def multiply_adds(function: Callable[[], Any]) -> int:
-    """Return the multiply-adds of the matrix products in ``function``."""
-    from vllm_nway_lora import cpu_kernels
+    """Return the number of multiply-adds in the matrix products that ``function`` computes."""
+    from vllm_nway_lora.layers import cpu_products
 
     def addmm_in_place(summand: Any, a: Any, b: Any, **arguments: Any) -> int:
         return 2 * a[0] * a[1] * b[1]
 
-    # PyTorch counts what operators are called, and sees our own from outside only.
+    # PyTorch's counter sees calls of operators, but not the products inside our own operators.
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place})
     ours = torch.ops.nway_lora
     with (
-        mock.patch.object(ours, "shrink", cpu_kernels._shrink),
-        mock.patch.object(ours, "expand", cpu_kernels._expand),
+        mock.patch.object(ours, "shrink", cpu_products._shrink),
+        mock.patch.object(ours, "expand", cpu_products._expand),
         counter,
     ):
         function()
@@ -50,14 +50,14 @@ def multiply_adds(function: Callable[[], Any]) -> int:
 def floor(
     tokens: int, modules: int, input_size: int, output_rows: int, rank: int, a_shards: int = 1
 ) -> int:
-    """Return the adapter's own arithmetic on one rank: per module one shrink and one expand.
+    """Return the minimum of multiply-adds on one TP rank: one shrink and one expand per module.
 
     Args:
-        tokens: those with an adapter.
-        modules: as adapters see the projection.
-        input_size: columns of each module's A.
-        output_rows: rows of all modules' B that the rank holds.
+        tokens: number of tokens with an adapter.
+        modules: number of the projection's modules, as adapters see them.
+        input_size: columns of each module's LoRA-A.
+        output_rows: rows of all modules' LoRA-B on this TP rank.
         rank: LoRA's r.
-        a_shards: ranks among which A's rows are divided.
+        a_shards: number of TP ranks that share the rows of LoRA-A.
     """
     return tokens * rank * (modules * input_size // a_shards + output_rows)

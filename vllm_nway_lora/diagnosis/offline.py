@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's LoRA layers as one tensor-parallel rank has them, without engine, weights or device.
+"""A model's LoRA layers on one tensor-parallel rank, without engine, weights or device.
 
 The model's own class is built on the meta device, and vLLM's own LoRA manager wraps it, with the
-plugin or without; so what is found out on it is what a worker of this vLLM does.
+plugin or without it. Its layers are therefore those of a worker of this vLLM.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from vllm.plugins import load_general_plugins
 
 
 class StandInGroup:
-    """What layers ask of a tensor-parallel group, for one rank that is not really there.
+    """The part of a tensor-parallel group that layers use, for one simulated rank.
 
     Attributes:
-        sent: what the rank gave to gathers.
-        replies: what its next gathers return; without any, its own part for every rank.
+        sent: the tensors that the rank has passed to gathers.
+        replies: the results of its next gathers. If empty, a gather returns the rank's own part for
+            every rank.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -45,18 +46,18 @@ class StandInGroup:
         self.replies: list[torch.Tensor] = []
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Return what all ranks sent, or a tensor of that shape."""
+        """Return the next reply, or a tensor of its shape."""
         self.sent.append(x.clone())
         return self.replies.pop(0) if self.replies else torch.cat([x] * self.world_size, dim)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x``: row-parallel layers are not looked at."""
+        """Return ``x``: row-parallel layers are not examined."""
         return x
 
 
 @dataclass
 class Rank:
-    """One simulated rank: its group, its configuration and, once built, its model."""
+    """One simulated rank: its group, its configuration and, after :func:`build`, its model."""
 
     group: StandInGroup
     vllm_config: VllmConfig
@@ -65,7 +66,7 @@ class Rank:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this the rank that the process is."""
+        """Make this rank the process's current one."""
         real = parallel_state._TP
         parallel_state._TP = self.group
         try:
@@ -75,7 +76,7 @@ class Rank:
             parallel_state._TP = real
 
     def wrap(self) -> None:
-        """Have vLLM's LoRA manager wrap the model but its experts, LoRA's own tensors on the CPU."""
+        """Wrap the model, except its experts, with vLLM's LoRA manager; LoRA's tensors are on the CPU."""
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         cpu = torch.device("cpu")
@@ -87,7 +88,7 @@ class Rank:
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
 
     def warm_up(self) -> None:
-        """Put a dummy adapter into a slot, as vLLM does before it captures graphs, and take it out."""
+        """Activate a dummy adapter, as vLLM does before it captures graphs, and remove it."""
         manager = self.worker_manager
         with self.current(), manager.dummy_lora_cache():
             manager.add_dummy_lora(
@@ -127,7 +128,7 @@ def configure(
     for architecture in (
         json.loads(Path(model, "config.json").read_text()).get("architectures") or ()
     ):
-        with suppress(Exception):  # vLLM will come to it, and say why
+        with suppress(Exception):  # vLLM raises it again, with the reason
             import_class(architecture)
     vllm_config = VllmConfig(
         model_config=ModelConfig(
@@ -145,37 +146,39 @@ def configure(
             fully_sharded_loras=fully_sharded,
             lora_dtype=torch.float32,
         ),
-        # As the command line has it for hybrid models; 0.24.0 takes the other default for a mistake.
+        # The command line's default for hybrid models. 0.24.0 raises on the class's own default.
         cache_config=CacheConfig(enable_prefix_caching=False),
     )
-    # The group has the size already; the configuration would ask for as many devices.
+    # Set afterwards: the configuration's validation would require that many devices.
     vllm_config.parallel_config.tensor_parallel_size = size
-    # vLLM 0.17 would ask for 4 GiB per rank too, where copies of the configuration are validated.
+    # vLLM 0.17 validates copies of the configuration and would require 4 GiB per rank.
     vllm_config.cache_config.swap_space = 0
     return Rank(StandInGroup(rank, size), vllm_config)
 
 
 def import_class(architecture: str) -> Any:
-    """Return a model's class, imported here: vLLM first looks at one in a process that imports all anew.
+    """Import and return a model's class.
+
+    vLLM inspects a class in a subprocess that imports everything again, unless it is imported here.
 
     Raises:
         KeyError: vLLM has no such model.
     """
     registered: Any = ModelRegistry.models[architecture]
     model_class = registered.load_model_cls()
-    if hasattr(registered, "module_name"):  # by name only, as yet
+    if hasattr(registered, "module_name"):  # registered by name only
         ModelRegistry.register_model(architecture, model_class)
     return model_class
 
 
 def build(rank: Rank, device: str = "meta") -> None:
-    """Build the model's class as vLLM would on this rank."""
+    """Build the model's class as vLLM does on this rank."""
     from vllm.model_executor.model_loader.utils import initialize_model
 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        # Some classes name the device for themselves, and compute on it while they are built.
+        # Some classes name the device themselves and compute on it in their constructor.
         named = mock.patch.object(
             vllm.platforms.current_platform, "current_device", return_value=device, create=True
         )
@@ -186,7 +189,7 @@ def build(rank: Rank, device: str = "meta") -> None:
 
 
 def _drop_experts(model: nn.Module) -> None:
-    """Take mixtures of experts out: they are not this package's, and their LoRA needs Triton."""
+    """Replace mixtures of experts: this package does not serve them, and their LoRA needs Triton."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child).__name__ in ("FusedMoE", "SharedFusedMoE", "MoERunner"):
@@ -194,7 +197,7 @@ def _drop_experts(model: nn.Module) -> None:
 
 
 def initialize() -> None:
-    """Give the process the groups of one rank, other plugins' models, and a platform."""
+    """Set up the process: plugins, a platform, and the process groups of one rank."""
     load_general_plugins()
     platforms: Any = vllm.platforms
     if not platforms.current_platform.device_type:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny fused layers on this machine's vLLM against dense arithmetic, in one process."""
+"""Compare tiny fused layers of the installed vLLM with dense arithmetic, in one process."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.utils import torch_utils
 
-from vllm_nway_lora.offline import Rank, StandInGroup, initialize
+from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
 
 _INPUT, _TOKENS, _RANK = 16, 4, 8
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused projection to try: its outputs' sizes, and how many of them each module covers."""
+    """A fused projection: its outputs' sizes, its modules and their rows."""
 
     name: str
     sizes: tuple[int, ...]
@@ -43,7 +43,7 @@ FUSIONS = (
 
 
 def run() -> dict[str, str]:
-    """Return, per layer and mode, ``exact`` or what went wrong."""
+    """Return per layer and mode ``exact``, or the fault."""
     initialize()
     found = {}
     with _unpinned():
@@ -57,10 +57,11 @@ def run() -> dict[str, str]:
 
 
 def _unpinned() -> AbstractContextManager[Any]:
-    """Keep LoRA's token mapping out of pinned memory, which a machine without a GPU does not have.
+    """Keep LoRA's token mapping out of pinned memory, which a machine without a GPU lacks.
 
-    vLLM 0.22.0 to 0.23.0 pins it unasked (``async_tensor_h2d`` in vllm/utils/torch_utils.py, called
-    in vllm/lora/punica_wrapper/utils.py); before, it did not, and 0.24.0 asks the platform.
+    vLLM 0.22.0 to 0.23.0 pins it by default (``async_tensor_h2d`` in vllm/utils/torch_utils.py,
+    called in vllm/lora/punica_wrapper/utils.py). Earlier releases do not pin it; 0.24.0 and later
+    ask the platform.
     """
     copy = getattr(torch_utils, "async_tensor_h2d", None)
     if copy is None or "pin_memory" not in inspect.signature(copy).parameters:
@@ -72,13 +73,13 @@ def _is_exact(fusion: Fusion, size: int, sharded: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def integers(*shape: int) -> torch.Tensor:
-        # Whose sums of products float32 holds exactly: equal is equal to the last bit.
+        # float32 represents all sums of their products exactly, so results can be compared bit by bit.
         return torch.randint(-3, 4, shape, generator=generator).float()
 
     x, weight = integers(_TOKENS, _INPUT), integers(sum(fusion.sizes), _INPUT)
     lora_a = [integers(_RANK, _INPUT) for _ in fusion.rows]
     lora_b = [integers(rows, _RANK) for rows in fusion.rows]
-    # The first module alone and the last alone, as well as all.
+    # The first module alone, the last module alone, and all modules.
     for adapted in {(0,), (len(lora_a) - 1,), tuple(range(len(lora_a)))}:
         a = [t if m in adapted else None for m, t in enumerate(lora_a)]
         b = [t if m in adapted else None for m, t in enumerate(lora_b)]

@@ -2,7 +2,7 @@
 """LoRA products on CPU, grouped by adapter.
 
 vLLM's CPU wrapper copies the adapter's whole A and B for every token and multiplies each copy by
-one row. Here the tokens of an adapter are multiplied by its A and B at once, uncopied.
+one row. This module multiplies all tokens of an adapter by its A and B at once, without a copy.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch.nn.functional import linear
 
 
-def grouped(punica_wrapper: Any) -> Any:
-    """Return what does the LoRA products of ``punica_wrapper``: itself, but for vLLM's CPU wrapper.
+def group_by_adapter(punica_wrapper: Any) -> Any:
+    """Return ``GroupedPunica`` around vLLM's CPU wrapper; return any other wrapper unchanged.
 
-    Not for its subclasses, which platforms outside vLLM have: they may do the products their own way.
+    Subclasses of vLLM's CPU wrapper belong to platforms outside vLLM and can compute the products
+    in another way, so they are returned unchanged too.
     """
     try:
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -33,10 +34,10 @@ class GroupedPunica:
     """The part of vLLM's punica wrapper that a column-parallel LoRA layer calls.
 
     Operands and dtypes are those of ``PunicaWrapperCPU``: A is applied in the buffers' float32, B in
-    the output's dtype. Its sum there is rounded once, vLLM's twice. Tokens with index -1, and those
-    past the end of the mapping (padding), are left as they are.
+    the output's dtype. This class rounds the sum once, vLLM rounds it twice. Tokens with index -1,
+    and tokens after the end of the mapping (padding), stay unchanged.
 
-    An argument that is not known here, which a release to come may pass, leaves the call to vLLM.
+    A call with an argument that is unknown here goes to vLLM: a later release may pass one.
     """
 
     def __init__(self, punica_wrapper: Any) -> None:
@@ -59,8 +60,8 @@ class GroupedPunica:
             x: ``(tokens, input_size)``.
             lora_a_stacked: per slice ``(max_loras, 1, max_lora_rank, input_size)``.
             lora_b_stacked: per slice ``(max_loras, 1, width, max_lora_rank)``.
-            scale: a factor of the LoRA part.
-            output_slices: per slice its width, in columns of ``y``.
+            scale: factor of the LoRA part.
+            output_slices: width of each slice, in columns of ``y``.
         """
         if unknown:
             self._wrapper.add_lora_linear(
@@ -94,12 +95,12 @@ class GroupedPunica:
         lora_b_stacked: Sequence[torch.Tensor],
         output_slices: Sequence[int],
         offset_start: int = 0,
-        add_input: bool = True,  # by this name vLLM's layers pass what its wrapper ignores
+        add_input: bool = True,  # vLLM's layers pass it, and its CPU wrapper ignores it
         **unknown: Any,
     ) -> None:
         """Add ``x B^T`` per slice to ``y``, in place; ``x`` is ``(slices, tokens, max_lora_rank)``.
 
-        The slices lie one after another in ``y``'s columns, from ``offset_start`` on.
+        The slices are contiguous in ``y``'s columns and begin at ``offset_start``.
         """
         if unknown:
             self._wrapper.add_expand(y, x, lora_b_stacked, output_slices, offset_start, **unknown)
@@ -110,13 +111,13 @@ class GroupedPunica:
 
 
 def _groups(indices: torch.Tensor, tokens: int) -> Iterator[tuple[int, slice | torch.Tensor]]:
-    """Yield each adapter's slot and its tokens: a slice where they are one run, else their indices.
+    """Yield each adapter's slot and its tokens: a slice if they are contiguous, else their indices.
 
     Raises:
-        ValueError: there are fewer tokens than the mapping has.
+        ValueError: the mapping has more tokens than the input.
     """
     if len(indices) > tokens:
-        raise ValueError(f"LoRA's mapping is of {len(indices)} tokens, the input of {tokens}")
+        raise ValueError(f"LoRA's mapping has {len(indices)} tokens, the input has {tokens}")
     slots, counts = (t.tolist() for t in indices.unique_consecutive(return_counts=True))
     stops = list(accumulate(counts))
     for slot in sorted({*slots} - {-1}):
@@ -135,7 +136,7 @@ def _shrink(
     scale: float,
 ) -> None:
     for slot, rows in _groups(indices, x.shape[0]):
-        # Once per adapter, whatever the number of slices.
+        # Once per adapter, not once per slice.
         tokens = x[rows].to(buffers.dtype)
         for buffer, a in zip(buffers, lora_a, strict=True):
             buffer[rows] = scale * linear(tokens, a[slot, 0].to(buffers.dtype))
@@ -161,8 +162,8 @@ def _expand(
             start += width
 
 
-# As operators, torch.compile takes them whole: which adapters are in a batch is known only when it
-# runs, and inlined they would be traced for those of the first batch.
+# As operators, they are opaque to torch.compile. The adapters of a batch are known only when it
+# runs; inlined, the products would be traced for the adapters of the first batch.
 _library = torch.library.Library("nway_lora", "DEF")
 _library.define(
     "shrink(Tensor(a!) buffers, Tensor x, Tensor[] lora_a, Tensor indices, float scale) -> ()"

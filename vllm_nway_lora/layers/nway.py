@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The LoRA layer: one slice per adapter-visible module, whatever the number of outputs."""
+"""The LoRA layer: one slice per adapter-visible module, for any number of outputs."""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import vllm
@@ -16,37 +16,36 @@ from vllm.distributed.utils import divide
 from vllm.lora.layers.column_parallel_linear import ColumnParallelLinearWithLoRA, _mcp_apply
 from vllm.model_executor.layers.linear import ColumnParallelLinear
 
-from vllm_nway_lora import __version__, cpu_kernels, releases, settings
-from vllm_nway_lora.claims import plan_for
-from vllm_nway_lora.plan import FusionPlan, PlanError
+from vllm_nway_lora import __version__, settings
+from vllm_nway_lora.compat import releases
+from vllm_nway_lora.layers import cpu_products
+from vllm_nway_lora.layers.claims import plan_for
+from vllm_nway_lora.rows.notes import get_notes, set_notes
+from vllm_nway_lora.rows.plan import FusionPlan, PlanError
 
 logger = logging.getLogger("vllm.nway_lora")
 
-#: Where `can_replace_layer` leaves the plan for `__init__`, which vLLM calls with the layer alone.
-_PLAN_ATTRIBUTE = "_nway_lora_plan"
-
 
 class LoRATensorError(ValueError):
-    """LoRA tensors that do not fit the layer they are for."""
+    """LoRA tensors that do not fit their layer."""
 
 
 class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
     """LoRA on a column-parallel projection of N outputs that adapters see as M modules.
 
-    Has M slices, one per module (N where row counts alone can tell modules apart, see
-    :attr:`FusionPlan.by_rows`). Slice ``i`` owns ``lora_a_stacked[i]`` of shape
+    Has M slices, one per module. Slice ``i`` owns ``lora_a_stacked[i]`` of shape
     ``(max_loras, 1, max_lora_rank, input_size)`` and ``lora_b_stacked[i]`` of shape
     ``(max_loras, 1, output_slices[i], max_lora_rank)``, both of ``lora_config.lora_dtype``. Under
-    ``fully_sharded_loras`` each rank has ``max_lora_rank / tp_size`` of A's rows. The slice of a
-    module that an adapter leaves out stays zero.
+    ``fully_sharded_loras`` each rank has ``max_lora_rank / tp_size`` of A's rows. If an adapter
+    leaves a module out, the module's slice stays zero.
 
-    The parent is the one LoRA layer class of vLLM whose constructor, ``forward`` and ``apply``
-    behave alike from 0.17.0 on; the ``Merged...`` classes tie the slices to the outputs.
+    The parent is the only LoRA layer class of vLLM whose constructor, ``forward`` and ``apply``
+    are the same from 0.17.0 on; the ``Merged...`` classes couple the slices to the outputs.
     """
 
     def __init__(self, base_layer: ColumnParallelLinear) -> None:
         super().__init__(base_layer)
-        self.plan: FusionPlan = getattr(base_layer, _PLAN_ATTRIBUTE)
+        self.plan = cast(FusionPlan, get_notes(base_layer).plan)  # set by `can_replace_layer`
         self.n_slices = len(self.plan.slices)
         self.output_slices = tuple(s.width for s in self.plan.slices)
 
@@ -59,25 +58,25 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         model_config: Any = None,
         **_: Any,
     ) -> bool:
-        """Return True for a layer that vLLM's own classes serve wrongly or at a loss.
+        """Return True for a layer that vLLM's own classes serve wrongly or at a cost.
 
         Raises:
-            PlanError: see :func:`vllm_nway_lora.claims.plan_for`.
+            PlanError: see :func:`vllm_nway_lora.layers.claims.plan_for`.
         """
-        _announce()
+        _log_that_plugin_is_on()
         plan = plan_for(source_layer, packed_modules_list)
         if plan is None:
             return False
-        setattr(source_layer, _PLAN_ATTRIBUTE, plan)
+        set_notes(source_layer, plan=plan)
         return True
 
     def create_lora_weights(
         self, max_loras: int, lora_config: Any, model_config: Any = None
     ) -> None:
-        """Allocate the zeroed LoRA tensors; they are never reallocated, kernels keep addresses."""
+        """Allocate the zeroed LoRA tensors, once: kernels keep their addresses."""
         self.lora_config = lora_config
         # `_mcp_apply` gathers over the whole tensor-parallel group, so a layer that is not sharded
-        # over that group (`disable_tp`) keeps its A whole.
+        # over that group (`disable_tp`) keeps all of its A.
         self.shards_lora_a = (
             lora_config.fully_sharded_loras
             and self.tp_size > 1
@@ -100,14 +99,14 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         lora_a: torch.Tensor | Sequence[torch.Tensor | None],
         lora_b: torch.Tensor | Sequence[torch.Tensor | None],
     ) -> None:
-        """Put one adapter's tensors for this layer into slot ``index``.
+        """Write one adapter's tensors for this layer into slot ``index``.
 
         Args:
             index: the slot, below ``max_loras``.
-            lora_a: per module ``(r, input_size)``, None where the adapter leaves the module out; a
-                single tensor where adapters see the projection as one module.
-            lora_b: per module ``(rows of the module over all ranks, r)``, scaling folded in, and
-                None or a single tensor as for ``lora_a``.
+            lora_a: per module ``(r, input_size)``, None where the adapter leaves the module out. A
+                single tensor if adapters see the projection as one module.
+            lora_b: per module ``(rows of the module over all ranks, r)``, scaling folded in; None or
+                a single tensor as for ``lora_a``.
 
         Raises:
             LoRATensorError: a tensor does not fit. Nothing has been written then.
@@ -115,34 +114,37 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
         a_list = [lora_a] if isinstance(lora_a, torch.Tensor) else list(lora_a)
         b_list = [lora_b] if isinstance(lora_b, torch.Tensor) else list(lora_b)
         try:
-            writes = self.check(a_list, b_list)
+            self.validate(a_list, b_list)
         except LoRATensorError:
             if not self._is_warm_up(b_list):
                 raise
-            writes = []
-        left = set(range(self.n_slices))
-        for module, number, rows in writes:
-            part = self.plan.slices[number]
-            a_slot = self.lora_a_stacked[number][index, 0]
-            # Nothing is ever written outside of the run.
-            b_slot = self.lora_b_stacked[number][index, 0, part.run]
-            a, b = a_list[module], part.take(b_list[module][rows])
-            if self.shards_lora_a:
-                a = a[self.tp_rank * len(a_slot) : (self.tp_rank + 1) * len(a_slot)]
-            a_slot[: len(a)].copy_(a, non_blocking=True)
-            b_slot[:, : b.shape[1]].copy_(b, non_blocking=True)
-            if len(a) < len(a_slot):  # what an adapter of a higher rank has left there
-                a_slot[len(a) :].zero_()
-            if b.shape[1] < b_slot.shape[1]:
-                b_slot[:, b.shape[1] :].zero_()
-            left.remove(number)
-        for number in left:
-            self.lora_a_stacked[number][index].zero_()
-            self.lora_b_stacked[number][index].zero_()
+            a_list = b_list = [None] * self.n_slices
+        for number, (a, b) in enumerate(zip(a_list, b_list, strict=True)):
+            if a is None or b is None:
+                self.lora_a_stacked[number][index].zero_()
+                self.lora_b_stacked[number][index].zero_()
+            else:
+                self._write(index, number, a, b)
+
+    def _write(self, index: int, number: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Write one module's tensors, which fit, into a slot of its slice."""
+        part = self.plan.slices[number]
+        a_slot = self.lora_a_stacked[number][index, 0]
+        # Rows outside of the run stay zero: nothing ever writes them.
+        b_slot = self.lora_b_stacked[number][index, 0, part.run]
+        b = part.take(b)
+        if self.shards_lora_a:
+            a = a[self.tp_rank * len(a_slot) : (self.tp_rank + 1) * len(a_slot)]
+        a_slot[: len(a)].copy_(a, non_blocking=True)
+        b_slot[:, : b.shape[1]].copy_(b, non_blocking=True)
+        if len(a) < len(a_slot):  # the rest of an earlier adapter with a higher rank
+            a_slot[len(a) :].zero_()
+        if b.shape[1] < b_slot.shape[1]:
+            b_slot[:, b.shape[1] :].zero_()
 
     def set_mapping(self, punica_wrapper: Any) -> None:
-        """Take what does the LoRA products, and on CPU what does them in less time."""
-        super().set_mapping(cpu_kernels.grouped(punica_wrapper))
+        """Set the punica wrapper; on CPU, replace it with the grouped kernels."""
+        super().set_mapping(cpu_products.group_by_adapter(punica_wrapper))
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return base output plus LoRA: ``(tokens, input_size)`` to ``(tokens, local width)``."""
@@ -150,72 +152,46 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             return _mcp_apply(x, bias, self)
         return super().apply(x, bias)
 
-    def check(
+    def validate(
         self, lora_a: Sequence[torch.Tensor | None], lora_b: Sequence[torch.Tensor | None]
-    ) -> list[tuple[int, int, slice]]:
-        """Hold tensors against the layer and write nothing.
+    ) -> None:
+        """Check that tensors fit the layer; write nothing.
 
         Args:
             lora_a: as for :meth:`set_lora`, one item per module.
             lora_b: as for :meth:`set_lora`, one item per module.
 
-        Returns:
-            What :meth:`FusionPlan.assign` yields for them.
-
         Raises:
             LoRATensorError: a tensor does not fit.
         """
+        max_rank = self.lora_config.max_lora_rank
         try:
-            return self._fit(lora_a, lora_b)
+            self.plan.validate(lora_a, lora_b, columns=self.input_size, max_rank=max_rank)
         except PlanError as error:
             where = f"LoRA on {self.base_layer.prefix} (vLLM {vllm.__version__})"
             raise LoRATensorError(f"{where}: {error}") from None
 
-    def _fit(
-        self, lora_a: Sequence[torch.Tensor | None], lora_b: Sequence[torch.Tensor | None]
-    ) -> list[tuple[int, int, slice]]:
-        if len(lora_a) != len(lora_b):
-            raise PlanError(f"{len(lora_a)} LoRA-A tensors but {len(lora_b)} LoRA-B tensors")
-        # A number alone (0-D) has no rows.
-        rows = [None if b is None else b.shape[0] if b.ndim else 0 for b in lora_b]
-        writes = list(self.plan.assign(rows))
-        max_rank = self.lora_config.max_lora_rank
-        for module, a, b in zip(self.plan.modules, lora_a, lora_b, strict=True):
-            if a is None and b is None:
-                continue
-            if a is None or b is None:
-                given, missing = ("B", "A") if a is None else ("A", "B")
-                raise PlanError(f"module {module} has LoRA-{given} but no LoRA-{missing}")
-            rank = a.shape[0] if a.ndim else 0
-            if a.shape != (rank, self.input_size) or b.shape[1:] != (rank,) or rank > max_rank:
-                raise PlanError(
-                    f"module {module}: expected LoRA-A of shape (r, {self.input_size}) and "
-                    f"LoRA-B of shape (rows, r) with r at most {max_rank} (--max-lora-rank), found "
-                    f"{tuple(a.shape)} and {tuple(b.shape)}"
-                )
-        return writes
-
     def _is_warm_up(self, lora_b: list[torch.Tensor | None]) -> bool:
-        """Tell vLLM's dummy adapter, whose LoRA-B has this rank's rows only and is all zero.
+        """Return whether this is vLLM's dummy adapter: LoRA-B with this rank's rows only, all zero.
 
-        See ``create_dummy_lora`` (vllm/lora/model_manager.py): to 0.20.2 it makes one tensor per
-        module, from 0.21.0 on one per slice.
+        See ``create_dummy_lora`` (vllm/lora/model_manager.py): until 0.20.2 it creates one tensor
+        per module, from 0.21.0 on one per slice.
         """
         return all(
-            b is not None and b.shape[:1] == (width,) and not b.any()
+            b is not None and b.numel() and b.shape[:1] == (width,) and not b.any()
             for b, width in zip(lora_b, self.output_slices, strict=False)
         )
 
 
 @functools.cache
-def _announce() -> None:
-    """Say once per process that builds LoRA layers that this package is on."""
-    tested = releases.support(vllm.__version__) is releases.Support.TESTED
+def _log_that_plugin_is_on() -> None:
+    """Log, once per process that builds LoRA layers, that this package is on."""
+    is_tested = releases.support(vllm.__version__) is releases.Support.TESTED
     logger.info(
         "vllm-nway-lora %s is on for vLLM %s (%s release): LoRA on N-way fused projections has one "
         "slice per adapter module. %s=0 turns it off.",
         __version__,
         vllm.__version__,
-        "a tested" if tested else "an untested",
+        "a tested" if is_tested else "an untested",
         settings.VARIABLE,
     )

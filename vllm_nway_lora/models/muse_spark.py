@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muse Spark: its attention's q, k, v and output gate in one layer that vLLM takes no LoRA on.
+"""Muse Spark: one layer holds its attention's q, k, v and output gate, and vLLM has no LoRA for it.
 
-Source: models/muse_spark/common/layers.py (``MuseSpark1xQKVOGateParallelLinear``, which is no merged
-layer to vLLM and says nothing of its parts), nvidia/model.py and amd/model.py, 0.33.0. There
-``load_weights`` pairs up the halves of q's and k's heads before the layer's loader sees them, and the
-class takes its ``qkv_proj`` out of ``packed_modules_mapping``.
+Source: models/muse_spark/common/layers.py (``MuseSpark1xQKVOGateParallelLinear``, which is not a
+merged layer to vLLM and does not list its parts), nvidia/model.py and amd/model.py, 0.33.0. There
+``load_weights`` interleaves the halves of q's and k's heads before the layer's loader runs, and the
+class removes ``qkv_proj`` from its ``packed_modules_mapping``.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vllm_nway_lora.probe import HANDED_ROWS_ATTRIBUTE, SHARDS_ATTRIBUTE
-
-_MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj")
+from vllm_nway_lora.rows.notes import set_notes
 
 
-def prepare(model: nn.Module) -> dict[str, list[str]]:
-    """Note how the fused projections of ``model`` are laid out; return their mapping, if it has any."""
-    found: dict[str, list[str]] = {}
+def prepare(model: nn.Module) -> None:
+    """Note the modules, the outputs and the row order of the fused projections."""
     for projection in model.modules():
         if type(projection).__name__ != "MuseSpark1xQKVOGateParallelLinear":
             continue
@@ -27,15 +24,16 @@ def prepare(model: nn.Module) -> dict[str, list[str]]:
             heads * projection.tp_size * projection.head_size
             for heads in (projection.num_heads, projection.num_kv_heads)
         )
-        sizes = {"q": q, "k": kv, "v": kv, "o_gate": q}
-        setattr(projection, SHARDS_ATTRIBUTE, list(sizes.items()))
-        handed = {
+        source_rows = {
             output: torch.arange(rows)
             .view(-1, 2, projection.head_size // 2)
             .transpose(1, 2)
             .flatten()
             for output, rows in enumerate((q, kv))
         }
-        setattr(projection, HANDED_ROWS_ATTRIBUTE, handed)
-        found["qkv_proj"] = list(_MODULES)
-    return found
+        set_notes(
+            projection,
+            modules=("q_proj", "k_proj", "v_proj", "gate_proj"),
+            shards=(("q", q), ("k", kv), ("v", kv), ("o_gate", q)),
+            source_rows=source_rows,
+        )

@@ -1,104 +1,107 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Known fusions, by name: what vLLM's classes do not say of them, or say wrongly.
+"""Known fusions by name: facts that vLLM's model classes do not state, or state incorrectly.
 
-Data only. A family is added here and in ``tests/support/families.py``. Each entry names its source:
-files are vLLM's, below ``vllm/``, of 0.33.0 where no release is named.
+Data only. Add a family here only if its class leaves something out; add it to
+``tests/support/families`` in any case. Each entry names its source: a file of vLLM 0.33.0 below
+``vllm/``, unless the entry names another release.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-#: fused projection -> {module: indices of the outputs it covers}. Needed only where a projection
-#: has more outputs than modules and more than one module: with as many modules as outputs each
-#: covers one, and a single module covers them all. Modules are told apart by name, because row
-#: counts cannot place them (in Qwen3.5, ``v`` and ``z`` are equally wide).
-KNOWN: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+#: Fused projection -> {module: indices of the outputs that it covers}. Needed only where a projection
+#: has more outputs than modules and more than one module. With as many modules as outputs, each
+#: module covers one output; a single module covers all. Names identify the modules because row
+#: counts cannot: in Qwen3.5, ``v`` and ``z`` have the same number of rows.
+OUTPUTS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     # Qwen3.5, Qwen3.5-MoE and the models that share their gated-delta-net layer: outputs q, k, v, z.
     # Source: the shard ids in model_executor/models/qwen3_5.py, 0.17.0 (load_weights) to 0.32.0
     # (hf_to_vllm_mapper).
     "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": (3,)},
 }
 
-#: Modules of fused projections that some model classes leave out of ``packed_modules_mapping``.
-MISSING: Mapping[str, tuple[str, ...]] = {
+#: Modules of fused projections that some model classes omit from ``packed_modules_mapping``.
+UNLISTED: Mapping[str, tuple[str, ...]] = {
     # GLM-5-Next's KDA (models/glm5next/common/model.py, load_weights; vllm-project/vllm#56327).
     "in_proj_qkvbfg_a": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"),
     # LongCat-Flash and GLM-5-Next (model_executor/models/longcat_flash.py,
-    # models/glm5next/common/attention.py); DeepSeek's own class lists it.
+    # models/glm5next/common/attention.py). DeepSeek's own class lists it.
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     # The sparse-attention indexer of DeepSeek-V3.2 and GLM-5-Next (model_executor/models/
-    # deepseek_v2.py, load_weights); HY-V4 lists it.
+    # deepseek_v2.py, load_weights). HY-V4 lists it.
     "wk_weights_proj": ("wk", "weights_proj"),
     # GraniteMoeShared's shared MLP, one module in a checkpoint too (model_executor/models/
-    # granitemoeshared.py); GraniteMoeHybrid lists it.
+    # granitemoeshared.py). GraniteMoeHybrid lists it.
     "input_linear": ("input_linear",),
 }
 
-#: Entries of ``packed_modules_mapping`` for layers that take no LoRA: a warm-up that sets one fails
-#: (AliceAI: model_executor/models/alice_ai.py; the convolution reads its weight by itself).
+#: Entries of ``packed_modules_mapping`` for layers that do not support LoRA. vLLM's warm-up fails on
+#: them (AliceAI: model_executor/models/alice_ai.py; the convolution kernel reads its weight directly).
 UNUSABLE: Mapping[str, frozenset[str]] = {
     "conv1d": frozenset({"q_conv1d", "k_conv1d", "v_conv1d"}),
 }
 
 #: Entries of ``packed_modules_mapping`` that name other modules than a checkpoint has: fused
-#: projection -> what is said, and what is so.
+#: projection -> (declared modules, actual modules).
 MISNAMED: Mapping[str, tuple[list[str], list[str]]] = {
-    # model_executor/models/bamba.py to 0.23.0: its load_weights has gate and up.
+    # model_executor/models/bamba.py until 0.23.0: its load_weights loads gate and up.
     "gate_up_proj": (["up_proj", "down_proj"], ["gate_proj", "up_proj"]),
 }
 
-#: Model class -> parts of module names that it renames only while it loads weights, so that the
-#: names in adapters match no module.
+#: Model class -> parts of module names that it renames only when it loads weights. The names in
+#: adapters therefore match no module.
 RENAMES: Mapping[str, Mapping[str, str]] = {
     # model_executor/models/lfm2_vl.py; the text model renames in lfm2.py, load_weights.
     "Lfm2VLForConditionalGeneration": {".conv.": ".short_conv."},
-    # model_executor/models/falcon_h1.py to 0.24.0, load_weights; from 0.25.0 on in its mapper.
+    # model_executor/models/falcon_h1.py until 0.24.0, load_weights; from 0.25.0 on in its mapper.
     "FalconH1ForCausalLM": {"mamba": "mamba.mamba"},
 }
 
-#: Entries of ``packed_modules_mapping`` that stand for padding, and for nothing where there is none.
+#: Entries of ``packed_modules_mapping`` that stand for padding, and exist only where there is some.
 #: Source: models/qwen4_exp/nvidia/model.py; hyperconnection.py pads to a multiple of 16 rows.
 PADDING = frozenset({"_input_mix_padding"})
 
 #: Subclasses of ``MergedColumnParallelLinear`` with a forward of their own that computes the same
-#: product, by another kernel.
+#: product with another kernel.
 SAME_PRODUCT = frozenset(
     {
-        # model_executor/models/deepseek_v2.py: a kernel for few tokens. Two names of one class, of
-        # 0.17.1 and of 0.33.0.
+        # model_executor/models/deepseek_v2.py: a kernel for few tokens. One class has the first name
+        # in 0.17.1 and the second in 0.33.0.
         "DeepSeekV2FusedQkvAProj",
         "DeepSeekV2FusedQkvAProjLinear",
     }
 )
 
-_CONVOLUTION = "its weight is read past any LoRA layer, by the convolution kernel"
-_COMPRESSOR = "its weight is read past any LoRA layer, by DeepSeek-V4's attention"
+_CONVOLUTION = "the convolution kernel reads its weight directly and bypasses every LoRA layer"
+_COMPRESSOR = "DeepSeek-V4's attention reads its weight directly and bypasses every LoRA layer"
 
-#: (class of the layer's parent, layer's name) -> module -> why LoRA on it cannot be exact. The class
-#: is the end of its full name, and empty for any.
-UNSERVABLE: Mapping[tuple[str, str], Mapping[str, str]] = {
+#: (class of the layer's parent, layer's name) -> module -> the reason why LoRA on it cannot be exact.
+#: The class is the end of its full name; empty for any class.
+UNSUPPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {
     # model_executor/layers/mamba/mamba_mixer2.py, gdn/*.py and others, models/glm5next/common/kda.py:
     # a `ColumnParallelLinear` that is never called, its weight unsqueezed to three dimensions.
     ("", "conv1d"): {"conv1d": _CONVOLUTION},
     ("", "q_conv1d"): {"q_conv1d": _CONVOLUTION},
     ("", "k_conv1d"): {"k_conv1d": _CONVOLUTION},
     ("", "v_conv1d"): {"v_conv1d": _CONVOLUTION},
-    # model_executor/models/plamo2.py to 0.26.0, load_weights: heads' gate and state rows are taken apart.
+    # model_executor/models/plamo2.py until 0.26.0, load_weights: separates the gate and state rows of
+    # each head.
     ("Plamo2MambaMixer", "in_proj"): {
         "in_proj": "its model reorders its rows before the layer loads them"
     },
     # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
     ("DeepseekCompressor", "fused_wkv_wgate"): {"wkv": _COMPRESSOR, "wgate": _COMPRESSOR},
-    # models/glm5next/common/attention.py, Indexer.forward: `_wp_fp32`, made of the weight once.
+    # models/glm5next/common/attention.py, Indexer.forward: `_wp_fp32`, a copy of the weight.
     ("glm5next.common.attention.Indexer", "wk_weights_proj"): {
-        "weights_proj": "its weight is read past any LoRA layer, in float32, by GLM-5-Next's indexer"
+        "weights_proj": "GLM-5-Next's indexer multiplies by a float32 copy of its weight and bypasses "
+        "every LoRA layer"
     },
 }
 
-#: Class -> its flag for a kernel that reads the weight of a fused projection past any LoRA layer,
-#: and that a plain call of the projection stands in for where the flag is False.
-BYPASSES: Mapping[str, str] = {
+#: Class -> its flag for a kernel that reads the weight of a fused projection directly. The model
+#: calls the projection instead if the flag is False.
+FUSED_KERNEL_FLAGS: Mapping[str, str] = {
     # models/qwen4_exp/nvidia/hyperconnection.py, _down_and_inject: up to 48 tokens, from SM90 on.
     "GatedResidual": "_use_hc_down_silu",
 }
@@ -107,18 +110,18 @@ BYPASSES: Mapping[str, str] = {
 def outputs_by_module(
     fused: str, modules: Sequence[str], n_outputs: int
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Return the output indices of each of ``modules``, or None if names do not tell.
+    """Return the output indices of each of ``modules``, or None if they are not known.
 
     Args:
         fused: the projection's own name, the last part of its path (``in_proj_qkvz``).
         modules: its adapter-visible modules, in the order of ``packed_modules_mapping``.
-        n_outputs: how many outputs the projection has (``len(output_sizes)``).
+        n_outputs: the number of its outputs (``len(output_sizes)``).
     """
     if len(modules) == 1:
         return (tuple(range(n_outputs)),)
     if len(modules) == n_outputs:
         return tuple((output,) for output in range(n_outputs))
-    known = KNOWN.get(fused, {})
+    known = OUTPUTS.get(fused, {})
     if set(known) != set(modules) or sum(map(len, known.values())) != n_outputs:
         return None
     return tuple(known[module] for module in modules)

@@ -1,18 +1,15 @@
-"""Model families with fused projections: tiny configurations, and what is expected of each.
+"""Model families with fused projections: tiny configurations and the expected outcomes.
 
-The table in the README is made from this one (``python3 ci/readme.py``), and ``tests/families``
-holds every line of it. Sizes are small, and divide by a tensor-parallel size of 8.
+``python3 ci/readme.py`` generates the README's table from this one, and
+``tests/models/test_families.py`` tests every line of it. Sizes are small and divisible by a
+tensor-parallel size of 8.
 """
 
 from __future__ import annotations
 
-from support.families_attention import ATTENTION_FAMILIES
-from support.families_delta import DELTA_FAMILIES
-from support.families_mla import MLA_FAMILIES
-from support.families_other import OTHER_FAMILIES
-from support.families_qwen3_5 import QWEN3_5_FAMILIES
-from support.families_wrapped import WRAPPED_FAMILIES
-from support.family import (
+from support.families.attention import ATTENTION_FAMILIES
+from support.families.delta import DELTA_FAMILIES
+from support.families.family import (
     ALWAYS_EXACT,
     COMMON,
     EXACT,
@@ -30,10 +27,14 @@ from support.family import (
     Family,
     Fused,
 )
+from support.families.mla import MLA_FAMILIES
+from support.families.other import OTHER_FAMILIES
+from support.families.qwen3_5 import QWEN3_5_FAMILIES
+from support.families.wrapped import WRAPPED_FAMILIES
 
 
 def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
-    # Outputs gate, x, B, C, dt: 128, 128, 16 per group and again, 8 heads.
+    # Rows of the outputs: gate 128, x 128, B 16 per group, C 16 per group, dt 8 (one per head).
     return Fused(
         layer,
         {module: 128 + 128 + 2 * 16 * n_groups + 8},
@@ -43,7 +44,7 @@ def _mamba2(layer: str, module: str, n_groups: int) -> Fused:
 
 
 def _convolution(layer: str, n_groups: int) -> Fused:
-    # Outputs x, B, C. Its kernel reads the weight, so that LoRA on the layer would do nothing.
+    # Outputs x, B, C. The model's kernel reads the weight, so LoRA on the layer would have no effect.
     rows = 128 + 2 * 16 * n_groups
     return Fused(
         layer,
@@ -93,7 +94,7 @@ FAMILIES = (
         ),
         stubs=(
             f"{VLLM}.layers.mamba.gdn.olmo_gdn_linear_attn.set_triton_allocator",
-            f"{VLLM}.models.olmo_hybrid.set_triton_allocator",  # to 0.21.0
+            f"{VLLM}.models.olmo_hybrid.set_triton_allocator",  # its path up to 0.21.0
         ),
         since="0.18.0",
     ),
@@ -155,7 +156,7 @@ FAMILIES = (
         "Nemotron-H",
         dict(NEMOTRON_H),
         (_mamba2(f"{LAYER}.mixer.in_proj", "backbone.layers.0.mixer.in_proj", 8),),
-        since="0.20.0",  # before, transformers did not know it
+        since="0.20.0",  # before, transformers did not have it
     ),
     Family(
         "Bamba",

@@ -1,4 +1,4 @@
-"""Families with fused projections in their attention, beyond QKV."""
+"""Families with fused projections in their attention other than the usual QKV."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from unittest import mock
 
 from vllm.platforms.interface import DeviceCapability
 
-from support.family import (
+from support.families.family import (
     ALWAYS_EXACT,
     COMMON,
     HIDDEN,
@@ -122,8 +122,8 @@ ATTENTION_FAMILIES = (
                 },
                 UNWRAPPED,
             ),
-            # One tensor of a checkpoint holds them, rows interleaved and of all experts: no module
-            # of a LoRA adapter can be laid over it, and none has a layer of its name.
+            # A checkpoint stores both in one tensor, with interleaved rows and for all experts. No
+            # LoRA module matches that tensor, and no layer has the name of a module.
             Fused(
                 "model.layers.1.mlp.sink_experts.w13",
                 {
@@ -205,7 +205,7 @@ ATTENTION_FAMILIES = (
         "openPangu with sinks",
         {
             **COMMON,
-            "model_type": "llama",  # its own configuration comes with the checkpoint
+            "model_type": "llama",  # checkpoints bring their own configuration class
             "architectures": ["PanguEmbeddedForCausalLM"],
             "num_hidden_layers": 1,
             "qk_nope_dim": 8,
@@ -224,7 +224,7 @@ ATTENTION_FAMILIES = (
                     f"{LAYER}.self_attn.v_proj": 256,
                 },
                 UNWRAPPED,
-                # For q, k and v by themselves the model's loader raises.
+                # The model's loader raises if q, k and v are stored separately.
                 stored_as=f"{LAYER}.self_attn.qkv_proj",
             ),
         ),
@@ -235,7 +235,7 @@ ATTENTION_FAMILIES = (
         "K2-Horizon",
         {
             **COMMON,
-            "model_type": "qwen3_moe",  # its own configuration comes with the checkpoint
+            "model_type": "qwen3_moe",  # checkpoints bring their own configuration class
             "architectures": ["K2HorizonForCausalLM"],
             "num_hidden_layers": 2,
             "num_key_value_heads": 2,

@@ -1,9 +1,8 @@
-"""Families with gated delta nets of their own, or with Qwen's in a class of their own."""
+"""Families with their own gated delta nets, or with Qwen's in their own model class."""
 
 from __future__ import annotations
 
-from support.families_qwen3_5 import delta_net
-from support.family import (
+from support.families.family import (
     ALWAYS_EXACT,
     COMMON,
     EXACT,
@@ -17,6 +16,7 @@ from support.family import (
     Family,
     Fused,
 )
+from support.families.qwen3_5 import delta_net
 
 _ALICE = "vllm.model_executor.models.alice_ai"
 _QWEN4 = "vllm.models.qwen4_exp.nvidia.model"
@@ -44,7 +44,8 @@ DELTA_FAMILIES = (
                     f"{GDN_LAYER}.b_proj": 8,
                     f"{GDN_LAYER}.f_a_proj": 16,
                 },
-                # At warm-up, by an entry for `conv1d`. Without it: exact, wrong, ignored, ignored.
+                # Stock vLLM fails at warm-up, because `packed_modules_mapping` has an entry for `conv1d`.
+                # Without that entry the outcomes are: exact, wrong, ignored, ignored.
                 (FAILS,) * 4,
             ),
         ),
@@ -124,7 +125,7 @@ DELTA_FAMILIES = (
                 (REFUSED,) * 4,
                 outputs=2,
             ),
-            # Served past the layer: the indexer keeps a float32 copy of these rows.
+            # The indexer uses a float32 copy of these rows, which bypasses the layer.
             Fused(
                 "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
                 {f"{_GLM}.1.self_attn.indexer.weights_proj": 4},
@@ -183,7 +184,8 @@ DELTA_FAMILIES = (
             ),
             since="0.33.0",
         )
-        # Padded to a multiple of 16 rows, as a third output that a phantom module stands for.
+        # Padding to a multiple of 16 rows is a third output; `packed_modules_mapping` lists a module
+        # for it that no adapter has.
         for how, lowrank, outputs, stock in (
             ("padded", 16, 3, (EXACT, EXACT)),
             ("without padding", 12, 2, (REFUSED, REFUSED)),

@@ -1,4 +1,4 @@
-"""What a model family is to the tests, and what the tables of them share."""
+"""Classes and shared values for the tables of model families."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 from torch import nn
 
-EXACT, WRONG, IGNORED, REFUSED, FAILS = "exact", "wrong", "ignored", "refused", "fails"
+from vllm_nway_lora.diagnosis.report import Outcome
+
+EXACT, WRONG, IGNORED = Outcome.EXACT, Outcome.WRONG, Outcome.IGNORED
+REFUSED, FAILS = Outcome.REFUSED, Outcome.FAILS
 HIDDEN = 64
 
 
@@ -18,21 +21,22 @@ class Fused:
 
     Attributes:
         layer: its path in vLLM's model.
-        modules: adapter-visible module's path in a checkpoint -> rows of its weight.
-        stock: what stock vLLM makes of adapters on it, of 0.29.0 to 0.33.0: at TP 1, at TP > 1, and
-            both again under ``fully_sharded_loras``.
-        plugin: what this package makes of them.
+        modules: path in a checkpoint of each module, as adapters see it -> rows of its weight.
+        stock: outcomes on stock vLLM 0.29.0 to 0.33.0: at TP 1, at TP > 1, and then both again with
+            ``fully_sharded_loras``.
+        plugin: outcome with the plugin.
         columns: width of its input.
-        outputs: how many parts the layer has, if not one per module of ``modules``.
-        stored_as: the one module whose weight a checkpoint has in place of theirs, if it has.
-        called: False where the model multiplies by the layer's weight by itself.
-        loaded: False where a checkpoint has no weight of these modules' shapes.
+        outputs: number of outputs; by default one per module of ``modules``.
+        stored_as: the module that stores the modules' weights concatenated in a checkpoint; empty if
+            each module's weight is stored separately.
+        called: False if the model does not call the layer and multiplies by its weight directly.
+        loaded: False if a checkpoint has no weights with these modules' shapes.
     """
 
     layer: str
     modules: Mapping[str, int]
-    stock: tuple[str, str, str, str]
-    plugin: str = EXACT
+    stock: tuple[Outcome, Outcome, Outcome, Outcome]
+    plugin: Outcome = EXACT
     columns: int = HIDDEN
     stored_as: str = ""
     called: bool = True
@@ -41,6 +45,7 @@ class Fused:
 
     @property
     def n_outputs(self) -> int:
+        """The number of outputs."""
         return self.outputs or len(self.modules)
 
 
@@ -49,19 +54,20 @@ class Family:
     """One model class with a tiny configuration.
 
     Attributes:
-        name: what the README calls it, with the models that share its layers.
-        config: of the checkpoint, ``config.json``.
+        name: its name in the README; also names the models that have the same layers.
+        config: content of the checkpoint's ``config.json``.
         fused: its fused projections.
-        stubs: functions, by their paths, that do nothing while the model is built: what needs a MoE
-            layer (LoRA on one needs Triton) or a GPU. Or a pair, of the path and what it returns.
-        replaced: objects, by their paths, and what stands in for each while the model is built.
-        modules: modules that cannot be imported without Triton or a GPU, and are stood in for.
-        classes: architecture -> the class to build, as ``module:class``, where vLLM has another one
-            for CPUs.
-        since: the first release that has it, as vLLM has it now.
-        until: the last release that has it; None if 0.33.0 does.
-        sizes: tensor-parallel sizes that the model can be built for.
-        required: shapes of the weights without which its loader refuses a checkpoint.
+        stubs: paths of functions and classes that are replaced by stubs while the model is built,
+            because they need a GPU or a MoE layer (LoRA on MoE layers needs Triton). A stub returns
+            None, or the second item of a pair (path, returned value).
+        replaced: path of an object -> its replacement while the model is built.
+        modules: Python modules that cannot be imported without Triton or a GPU, replaced by mocks.
+        classes: architecture -> the class to build, as ``module:class``, if vLLM builds another one on
+            CPU.
+        since: first release that has the family in its present form.
+        until: last release that has it; None if 0.33.0 has it.
+        sizes: tensor-parallel sizes at which the model can be built.
+        required: name -> shape of further weights that its loader requires in a checkpoint.
     """
 
     name: str
@@ -77,8 +83,8 @@ class Family:
     required: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-class NoExperts(nn.Module):
-    """What a model asks of its MoE layers, and no layer: LoRA on one needs Triton."""
+class StubExperts(nn.Module):
+    """A stub for a MoE layer, with the attributes that models read: LoRA on experts needs Triton."""
 
     experts = None
     n_logical_experts = n_physical_experts = n_local_physical_experts = 0
@@ -89,9 +95,10 @@ class NoExperts(nn.Module):
 
 
 ALWAYS_EXACT = (EXACT,) * 4
-#: One module over one output, or over unequal ones: cut into two halves at TP > 1.
+#: One module that covers one output, or unequal ones; stock vLLM cuts it into two halves at TP > 1.
 HALVES = (EXACT, WRONG, EXACT, WRONG)
-#: Three outputs or more, seen as one module or as three or more: not wrapped when fully sharded.
+#: Three or more outputs, and one module or three or more; stock vLLM does not wrap these layers with
+#: ``fully_sharded_loras``.
 UNWRAPPED = (EXACT, EXACT, IGNORED, IGNORED)
 
 COMMON: Mapping[str, Any] = {
@@ -106,7 +113,7 @@ COMMON: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
 }
 
-#: Nemotron-H's text model: one Mamba2 layer of 8 groups, one of attention.
+#: Nemotron-H's text model: one Mamba2 layer with 8 groups, one attention layer.
 NEMOTRON_H: Mapping[str, Any] = {
     **COMMON,
     "model_type": "nemotron_h",
@@ -136,5 +143,6 @@ GDN: Mapping[str, Any] = {
 VLLM = "vllm.model_executor"
 LAYER = "model.layers.0"
 GDN_LAYER = f"{LAYER}.linear_attn"
-#: The models have state that the Transformers backend cannot keep; their layers are built alike.
+#: Stub for models with state that the Transformers backend does not support; it does not change how
+#: their other layers are built.
 NO_ATTENTION = (f"{VLLM}.models.transformers.base.Base._create_attention_instances",)

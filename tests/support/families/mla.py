@@ -1,7 +1,7 @@
-"""Families with multi-head latent attention: its down-projections, and sparse attention's indexer.
+"""Families with multi-head latent attention: its down-projections, and the sparse attention's indexer.
 
-Both are on every rank whole (``disable_tp``). The layers' paths are those that the forward uses: the
-attention wrapper's, not those of its parent, where the same layers can be found too.
+Both layers are replicated on every rank (``disable_tp``). The layers can be found at two paths, below
+the attention wrapper and below its parent. The tables have the wrapper's path, which the forward uses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from typing import Any
 
 from torch import nn
 
-from support.family import ALWAYS_EXACT, COMMON, LAYER, NO_ATTENTION, REFUSED, VLLM, Family, Fused
+from support.families.family import (
+    ALWAYS_EXACT,
+    COMMON,
+    LAYER,
+    NO_ATTENTION,
+    REFUSED,
+    VLLM,
+    Family,
+    Fused,
+)
+from vllm_nway_lora.diagnosis.report import Outcome
 
 _ATTENTION = f"{LAYER}.self_attn"
 MLA: Mapping[str, Any] = {
@@ -37,7 +47,7 @@ MLA: Mapping[str, Any] = {
 
 def down_projection(
     attention: str = _ATTENTION,
-    stock: tuple[str, str, str, str] = ALWAYS_EXACT,
+    stock: tuple[Outcome, Outcome, Outcome, Outcome] = ALWAYS_EXACT,
     wrapper: str = ".mla_attn",
 ) -> Fused:
     return Fused(
@@ -47,7 +57,7 @@ def down_projection(
     )
 
 
-def _indexer(stock: tuple[str, str, str, str]) -> Fused:
+def _indexer(stock: tuple[Outcome, Outcome, Outcome, Outcome]) -> Fused:
     indexer = f"{_ATTENTION}.indexer"
     return Fused(
         f"{indexer}.wk_weights_proj",
@@ -57,14 +67,14 @@ def _indexer(stock: tuple[str, str, str, str]) -> Fused:
 
 
 def _build_no_attention(layer: nn.Module, *_: Any, **__: Any) -> None:
-    """In place of an attention's ``__init__``, below which a class builds its projections."""
+    """Replace an attention's ``__init__``; a subclass then builds only its projections."""
     nn.Module.__init__(layer)
     layer.use_pcp, layer.kv_cache_dtype = False, "auto"
 
 
 _DEEPSEEK_V32 = "vllm.models.deepseek_v32.attention"
 _INDEXER = {"index_topk": 8, "index_n_heads": 8, "index_head_dim": 32}
-#: The attention itself, which LoRA does not see; its CPU kernel has no sparse variant.
+#: The attention itself, which has no LoRA; its CPU kernel has no sparse variant.
 MLA_STUBS = (f"{VLLM}.layers.mla.MLAAttention",)
 
 _LONGCAT = Family(
@@ -73,7 +83,7 @@ _LONGCAT = Family(
         **MLA,
         "model_type": "longcat_flash",
         "architectures": ["LongcatFlashForCausalLM"],
-        "num_hidden_layers": 2,  # each of its layers counts as two
+        "num_hidden_layers": 2,  # vLLM counts each of its layers as two
         "ffn_hidden_size": 64,
         "expert_ffn_hidden_size": 32,
         "moe_topk": 2,
@@ -138,7 +148,7 @@ MLA_FAMILIES = (
             *MLA_STUBS,
             f"{VLLM}.models.glm4_moe_lite.Glm4MoeLiteForCausalLM.set_moe_parameters",
         ),
-        since="0.20.0",  # before, transformers did not know it
+        since="0.20.0",  # before, transformers did not have it
     ),
     Family(
         "A.X K1",
@@ -155,8 +165,8 @@ MLA_FAMILIES = (
     ),
     Family(
         "openPangu Ultra",
-        # transformers has no class for its configuration; DeepSeek's has the same fields. The class
-        # is the dense one of the two, which share all that is tested here (OpenPanguModelBase).
+        # transformers has no class for its configuration; DeepSeek's has the same fields. This is the
+        # dense one of two model classes, which share everything tested here (OpenPanguModelBase).
         {**MLA, "model_type": "deepseek_v3", "architectures": ["PanguEmbeddedForCausalLM"]},
         (down_projection(),),
         stubs=MLA_STUBS,
@@ -185,7 +195,7 @@ MLA_FAMILIES = (
         since="0.32.0",
     ),
     _LONGCAT,
-    # Its embeddings of n-grams, left out here, need the runner that has them, and that one a GPU.
+    # Its n-gram embeddings are left out here: they need vLLM's V2 model runner, which needs a GPU.
     dataclasses.replace(
         _LONGCAT,
         name="LongCat-Flash, n-gram embeddings",

@@ -1,11 +1,11 @@
-"""Families around a text model, of the Transformers backend, and with two equal outputs."""
+"""Families around a text model, on the Transformers backend, or with two equal outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from support.family import (
+from support.families.family import (
     ALWAYS_EXACT,
     COMMON,
     EXACT,
@@ -19,7 +19,7 @@ from support.family import (
     WRONG,
     Family,
     Fused,
-    NoExperts,
+    StubExperts,
 )
 
 _LFM2: Mapping[str, Any] = {
@@ -66,7 +66,7 @@ OTHER_FAMILIES = (
                 outputs=3,
             ),
         ),
-        replaced={f"{VLLM}.models.lfm2_moe.Lfm2MoeSparseMoeBlock": NoExperts},
+        replaced={f"{VLLM}.models.lfm2_moe.Lfm2MoeSparseMoeBlock": StubExperts},
     ),
     Family(
         "LFM2-VL",
@@ -89,7 +89,7 @@ OTHER_FAMILIES = (
     ),
     Family(
         "PLaMo 2",
-        # transformers has no class for its configuration; any that keeps unknown fields will do.
+        # transformers has no class for its configuration; any class that keeps unknown fields works.
         {
             **COMMON,
             "model_type": "llama",
@@ -263,7 +263,7 @@ OTHER_FAMILIES = (
                 "num_layers": 1,
                 "input_dim": 8,
                 "hidden_dim": 32,
-                "output_dim": 64,  # of 42 as published, four ranks cannot take equal parts
+                "output_dim": 64,  # published: 42, which four ranks cannot divide equally
                 "num_heads": 8,
                 "dim_head": 4,
                 "context_size": 8,

@@ -1,11 +1,11 @@
-"""Families around Qwen3.5's gated delta net, in multimodal and pooling classes of their own."""
+"""Families with Qwen3.5's gated delta net, also in multimodal and pooling model classes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from support.family import (
+from support.families.family import (
     ALWAYS_EXACT,
     GDN,
     GDN_LAYER,
@@ -14,7 +14,7 @@ from support.family import (
     UNWRAPPED,
     Family,
     Fused,
-    NoExperts,
+    StubExperts,
 )
 
 _VISION: Mapping[str, Any] = {
@@ -38,7 +38,12 @@ _MOBIUS = f"{_MODELS}.interns2_mobius"
 
 
 def delta_net(layer: str, module: str) -> tuple[Fused, Fused]:
-    """Both fused projections of layer 0, by the model's path to it and by the checkpoint's."""
+    """Return both fused projections of layer 0's gated delta net.
+
+    Args:
+        layer: path of the gated delta net in vLLM's model.
+        module: its path in a checkpoint.
+    """
     return (
         Fused(
             f"{layer}.in_proj_qkvz",
@@ -106,7 +111,7 @@ QWEN3_5_FAMILIES = (
                 f"{_MODELS}.qwen3_next.QwenNextMixtureOfExperts.set_moe_parameters",
                 f"{_MODELS}.colqwen3_5.ColQwen3_5ProcessingInfo.get_hf_processor",  # needs files
             ),
-            replaced={f"{_MODELS}.qwen3_5.Qwen3NextSparseMoeBlock": NoExperts},
+            replaced={f"{_MODELS}.qwen3_5.Qwen3NextSparseMoeBlock": StubExperts},
             since=since,
         )
         for name, architecture, since, module, config in (
@@ -177,7 +182,7 @@ QWEN3_5_FAMILIES = (
             f"{_MOBIUS}.InternS2MobiusForConditionalGeneration.set_moe_parameters",
             f"{_MOBIUS}.cached_tokenizer_from_config",
         ),
-        replaced={f"{_MOBIUS}.InternS2MobiusMetaMoeBlock": NoExperts},
+        replaced={f"{_MOBIUS}.InternS2MobiusMetaMoeBlock": StubExperts},
         since="0.33.0",
     ),
 )

@@ -1,4 +1,4 @@
-"""Families that other models wrap: text models below a multimodal class with a mapping of its own."""
+"""Families with a text model inside a multimodal class that has its own mapping."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from unittest import mock
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from support.families_attention import ATTENTION_FAMILIES
-from support.families_delta import DELTA_FAMILIES
-from support.families_mla import MLA, MLA_STUBS, down_projection
-from support.family import (
+from support.families.attention import ATTENTION_FAMILIES
+from support.families.delta import DELTA_FAMILIES
+from support.families.family import (
     ALWAYS_EXACT,
     COMMON,
     HIDDEN,
@@ -26,13 +25,14 @@ from support.family import (
     Family,
     Fused,
 )
+from support.families.mla import MLA, MLA_STUBS, down_projection
 
 
-class Published(PretrainedConfig):
-    """A configuration with the fields that a checkpoint has, under the names that vLLM asks for.
+class PublishedConfig(PretrainedConfig):
+    """A configuration with a checkpoint's fields, under the names that vLLM reads.
 
-    The models have one of their own beside their weights; transformers' classes, where there are
-    any, rename fields. vLLM reads Mistral's own format into plain configurations, too.
+    These models publish their own configuration class next to their weights; transformers' classes,
+    where they exist, rename fields. vLLM also reads Mistral's own format into plain configurations.
     """
 
     model_type = "published"
@@ -45,17 +45,17 @@ class Published(PretrainedConfig):
             setattr(self, name, known(**part))
 
 
-class NoTower(nn.Module):
-    """In place of a vision tower that takes no LoRA and has published sizes only."""
+class StubTower(nn.Module):
+    """A stub for a vision tower that does not support LoRA and exists only in its published sizes."""
 
     def load_weights(self, weights: Any) -> None:
         assert not list(weights)
 
 
-AutoConfig.register("published", Published)
+AutoConfig.register("published", PublishedConfig)
 
 
-def _around(
+def _wrap_family(
     text: Family,
     name: str,
     config: Mapping[str, Any],
@@ -64,9 +64,16 @@ def _around(
     stubs: Sequence[str | tuple[str, Any]] = (),
     **changes: Any,
 ) -> Family:
-    """Return a family that has the fused projections of ``text`` below ``layer``.
+    """Return a family with the fused projections of another family's text model.
 
-    ``rename`` says what its checkpoints have in place of a part of the modules' names.
+    Args:
+        text: the text model's family.
+        name: the new family's name.
+        config: the new family's configuration.
+        rename: (part of the text model's module paths, its replacement in the new checkpoints).
+        layer: prefix of the text model's layers in vLLM's new model.
+        stubs: further stubs.
+        changes: other fields of the new :class:`Family`.
     """
     fused = tuple(
         dataclasses.replace(
@@ -114,10 +121,10 @@ WRAPPED_FAMILIES = (
                 "image_token_id": 10,
             },
         },
-        # The wrapper's mapping hides what its text model says of the two modules.
+        # The wrapper's mapping replaces the text model's, which has the two modules.
         (down_projection(f"language_model.{LAYER}.self_attn", (REFUSED,) * 4),),
         stubs=MLA_STUBS,
-        since="0.32.0",  # before, its tower needed a part of transformers that moved
+        since="0.32.0",  # before, its tower imported a part of transformers that has moved
     ),
     Family(
         "Molmo2",
@@ -204,12 +211,12 @@ WRAPPED_FAMILIES = (
         stubs=((f"{_NANO_VL}.cached_tokenizer_from_config", mock.MagicMock()),),
         replaced={
             f"{_NANO_VL}.NemotronH_Nano_VL_V2.get_vit_model_from_radio_config": (
-                lambda *_: NoTower()
+                lambda *_: StubTower()
             ),
         },
-        since="0.31.0",  # before, it took no LoRA,
+        since="0.31.0",  # before, vLLM did not support LoRA on it
     ),
-    _around(
+    _wrap_family(
         _QWEN4,
         "Qwen4-Exp, multimodal",
         {
@@ -232,7 +239,7 @@ WRAPPED_FAMILIES = (
             "vllm.models.qwen4_exp.nvidia.model.cached_tokenizer_from_config",
         ),
     ),
-    _around(
+    _wrap_family(
         _STEP5,
         "Step5, multimodal",
         {
@@ -249,7 +256,7 @@ WRAPPED_FAMILIES = (
         },
         ("model.", "model.language_model."),
     ),
-    _around(
+    _wrap_family(
         _INKLING,
         "Inkling, multimodal",
         {
@@ -259,7 +266,7 @@ WRAPPED_FAMILIES = (
         },
         layer="",
     ),
-    _around(
+    _wrap_family(
         _DEEPSEEK4,
         "DeepSeek-V4, multimodal",
         {
@@ -330,12 +337,13 @@ WRAPPED_FAMILIES = (
                     f"model.language_model.layers.0.self_attn.{part}_proj": 128
                     for part in ("q", "k", "v", "gate")
                 },
-                # Refused but for an adapter on gate_proj alone, a name that its MLPs have too.
+                # Stock vLLM refuses all adapters except those on gate_proj alone, which it ignores: its
+                # MLPs have a module of that name too.
                 (IGNORED,) * 4,
             ),
         ),
         replaced={
-            f"{_MUSE}.common.omni.{tower}": lambda *_, **__: NoTower()
+            f"{_MUSE}.common.omni.{tower}": lambda *_, **__: StubTower()
             for tower in ("NaViT", "AutoEncoder")
         },
         classes={

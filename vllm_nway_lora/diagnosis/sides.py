@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both sides of a comparison, vLLM with the plugin and without it, on every tensor-parallel rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import vllm_nway_lora
+from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.diagnosis.report import Outcome, Verdict
+from vllm_nway_lora.rows.plan import FusionPlan, PlanError
+
+
+def each_rank(
+    model: str, size: int, verdicts: Mapping[bool, Verdict], **options: Any
+) -> Iterator[tuple[bool, offline.Rank]]:
+    """Yield ``(plugin is on, rank)`` for every rank of both sides, its model wrapped for LoRA.
+
+    The plugin's side comes first, because its plans define the place of a module's rows. The yielded
+    rank is the current one. A rank that cannot be built worsens the verdict of its side.
+
+    Args:
+        model: a local folder with ``config.json``.
+        size: ``--tensor-parallel-size``.
+        verdicts: True for the plugin, False for stock vLLM -> the verdict on the whole.
+        options: as for :func:`vllm_nway_lora.diagnosis.offline.configure`.
+    """
+    for plugin, verdict in verdicts.items():
+        _switch(plugin)
+        for number in range(size):
+            rank = offline.configure(model, number, size, **options)
+            try:
+                offline.build(rank)
+                rank.wrap()
+                rank.warm_up()
+            except Exception as error:
+                verdict.worsen(Outcome.FAILS, format_error(error))
+                continue
+            with rank.current():
+                yield plugin, rank
+    _switch(False)
+
+
+def judge_stock_layer(
+    layer: Any, plan: FusionPlan | None, weights_of: Sequence[tuple[str, Any]], faults: list[str]
+) -> tuple[Outcome, str]:
+    """Write the row numbers of LoRA-B into the slot of stock's layer and compare them with the plan.
+
+    Args:
+        layer: stock vLLM's LoRA layer.
+        plan: the plugin's plan of the same layer on the same rank; None if the plugin leaves it.
+        weights_of: the layer's modules and their weights.
+        faults: the faults of these weights.
+    """
+    pairs = []
+    for _, weights in weights_of:
+        if weights is None or weights.lora_a is None or weights.lora_b is None:
+            pairs.append((None, None))
+            continue
+        a, b = torch.zeros_like(weights.lora_a), torch.zeros_like(weights.lora_b)
+        a[:1] = 1.0
+        if b.ndim == 2:
+            b[:, :1] = torch.arange(1.0, len(b) + 1).unsqueeze(1)
+        pairs.append((a, b))
+    lora_a, lora_b = [a for a, _ in pairs], [b for _, b in pairs]
+    try:
+        if len(weights_of) == 1:
+            layer.set_lora(0, lora_a[0], lora_b[0])
+        else:
+            layer.set_lora(0, lora_a, lora_b)
+    except Exception as error:
+        return Outcome.REFUSED, format_error(error)
+    if plan is None:
+        return (Outcome.WRONG, faults[0]) if faults else (Outcome.EXACT, "")
+    held = torch.cat([b[0, 0, :, 0] for b in layer.lora_b_stacked])
+    layer.reset_lora(0)
+    try:
+        plan.validate(
+            lora_a, lora_b, columns=layer.input_size, max_rank=layer.lora_b_stacked[0].shape[-1]
+        )
+    except PlanError as error:
+        return Outcome.WRONG, str(error)
+    expected = _place_rows(plan, lora_b)
+    if torch.equal(held[: len(expected)], expected):
+        return Outcome.EXACT, ""
+    return Outcome.WRONG, "LoRA-B's rows are not those that the base weight has on this rank"
+
+
+def format_error(error: Exception) -> str:
+    """Return an error's class and text on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _switch(plugin: bool) -> None:
+    vllm_nway_lora.unregister()
+    if plugin:
+        vllm_nway_lora.register()
+
+
+def _place_rows(plan: FusionPlan, lora_b: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """Return per row of this rank's output the number that LoRA-B has there; 0 for none."""
+    slices = [torch.zeros(part.width) for part in plan.slices]
+    for part, rows, b in zip(plan.slices, slices, lora_b, strict=True):
+        if b is not None:
+            rows[part.run] = part.take(b)[:, 0]
+    return torch.cat(slices)

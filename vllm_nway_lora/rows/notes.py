@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The notes of this package on a base layer: one dataclass on one attribute."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_nway_lora.rows.plan import FusionPlan
+
+_ATTRIBUTE = "_nway_lora_notes"
+
+
+@dataclass(frozen=True)
+class LayerNotes:
+    """What this package knows of a base layer that the layer's own attributes do not show.
+
+    Attributes:
+        plan: the layer's plan. ``can_replace_layer`` sets it for ``__init__``, because vLLM
+            constructs a LoRA layer from the base layer alone.
+        refusals: module -> the reason why LoRA on it cannot be served.
+        modules: the adapter-visible modules of a layer that its model class does not list.
+        shards: per output its shard id and its rows in a checkpoint; None if the layer says so itself.
+        source_rows: output index -> int64, shape ``(rows,)``: the checkpoint's rows in the order in
+            which the model passes them to the layer's weight loader, where that is not 0, 1, 2, ...
+        weight_loader: the weight loader that the model has set on the layer's weight.
+    """
+
+    plan: FusionPlan | None = None
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    shards: Sequence[tuple[int | str, int]] | None = None
+    source_rows: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    weight_loader: Callable[..., None] | None = None
+
+
+def get_notes(layer: Any) -> LayerNotes:
+    """Return a layer's notes; empty ones if it has none."""
+    notes: LayerNotes = getattr(layer, _ATTRIBUTE, LayerNotes())
+    return notes
+
+
+def set_notes(layer: Any, **fields: Any) -> None:
+    """Set fields of a layer's notes and leave the others unchanged."""
+    setattr(layer, _ATTRIBUTE, dataclasses.replace(get_notes(layer), **fields))
