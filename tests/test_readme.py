@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import tomllib
+
 from vllm_nway_lora.compat.releases import KNOWN, TESTED
 
 ROOT = Path(__file__).resolve().parent.parent
