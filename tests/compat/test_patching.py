@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -65,6 +66,55 @@ def test_group_is_applied_once(module: Any) -> None:
     patcher.apply(group)
     patcher.apply(group)
     assert module.TABLE == ("b", "a")
+
+
+def test_inherited_attribute_is_inherited_again(module: Any) -> None:
+    module.Inheriting = type("Inheriting", (module.Target,), {})
+    patcher = Patcher()
+    patcher.apply(Group(MODULE, (patch("Inheriting.method", replace_by(len)),), ()))
+    assert module.Inheriting.method is len
+    assert module.Target.method is not len
+    patcher.undo()
+    assert "method" not in vars(module.Inheriting)
+
+
+def wrap(function: Any) -> Any:
+    @functools.wraps(function)
+    def other(value: Any) -> Any:
+        return function(value)
+
+    return other
+
+
+def test_patch_that_others_have_replaced_is_not_applied(module: Any) -> None:
+    function, table = patch("function", replace_by(len)), patch("TABLE", replace_by(("b",)))
+    patcher = Patcher()
+    patcher.apply(Group(MODULE, (function, table), ()))
+    theirs = module.function = lambda value: len(value)
+    assert patcher.applied == (table,)
+    assert patcher.placed[function].current is theirs
+    patcher.undo()
+    assert module.function is theirs
+    assert module.TABLE == ("a",)
+
+
+def test_patch_that_others_have_wrapped_is_applied(module: Any) -> None:
+    function = patch("function", replace_by(len))
+    patcher = Patcher()
+    patcher.apply(Group(MODULE, (function,), ()))
+    theirs = module.function = wrap(wrap(module.function))
+    assert patcher.applied == (function,)
+    patcher.undo()
+    assert module.function is theirs
+
+
+def test_patch_whose_target_has_been_removed_is_not_applied(module: Any) -> None:
+    patcher = Patcher()
+    patcher.apply(Group(MODULE, (patch("function", replace_by(len)),), ()))
+    del module.function
+    assert patcher.applied == ()
+    patcher.undo()
+    assert not hasattr(module, "function")
 
 
 @pytest.mark.parametrize(

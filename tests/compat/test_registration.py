@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -82,7 +83,7 @@ def test_off_leaves_vllm_unchanged(snapshots: dict[str, Any]) -> None:
     without, off, on = (snapshots[name][0] for name in ("without", "off", "on"))
     assert off == without
     # The same comparison finds exactly the patches of a process with the plugin on.
-    changed = {name for name in without if on.get(name) != without[name]}
+    changed = {name for name in {*without, *on} if on.get(name) != without.get(name)}
     assert changed == {str(patch.target) for patch in PATCHES}
 
 
@@ -140,13 +141,11 @@ def test_invalid_value_raises_error_that_lists_valid_values(value: str) -> None:
 
 @pytest.fixture
 def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Return vLLM's module with the table of LoRA classes, the plugin being off."""
-    import vllm.entrypoints.openai.models.serving
+    """Return vLLM's module with ``from_layer``, all anchors imported and the plugin off."""
     import vllm.lora.utils
-    import vllm.lora.worker_manager
-    import vllm.model_executor.layers.mamba.mamba_mixer2
-    import vllm.v1.engine.core
 
+    for group in groups.GROUPS:
+        importlib.import_module(group.anchor)
     vllm_nway_lora.unregister()
     monkeypatch.delenv("VLLM_NWAY_LORA", raising=False)
     yield vllm.lora.utils
@@ -154,17 +153,17 @@ def utils(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_register_and_unregister_can_be_repeated(utils: ModuleType) -> None:
-    stock = utils._all_lora_classes
+    stock, table = utils.from_layer, utils._all_lora_classes
     for _ in range(2):
         vllm_nway_lora.register()
-        ours = utils._all_lora_classes
+        ours = utils.from_layer
         vllm_nway_lora.register()
-        assert utils._all_lora_classes is ours
-        assert ours[0].__name__ == "NWayLinearWithLoRA"
-        assert ours[-len(stock) :] == tuple(stock)
+        assert utils.from_layer is ours
+        assert ours is not stock
+        assert utils._all_lora_classes is table
         vllm_nway_lora.unregister()
         vllm_nway_lora.unregister()
-        assert utils._all_lora_classes is stock
+        assert utils.from_layer is stock
         assert not registration.applied()
 
 
@@ -176,4 +175,4 @@ def test_valid_values(
 ) -> None:
     monkeypatch.setenv("VLLM_NWAY_LORA", value)
     vllm_nway_lora.register()
-    assert registration.applied() == (PATCHES if on else ())
+    assert set(registration.applied()) == set(PATCHES if on else ())

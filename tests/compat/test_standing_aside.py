@@ -8,15 +8,36 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import vllm
-from support.processes import run_python
+from packaging.version import Version
+from support.processes import evaluate, run_python
 
 import vllm_nway_lora
-from vllm_nway_lora.compat import defects, groups, registration, releases
+from vllm_nway_lora.compat import defects, groups, needs, registration, releases
 from vllm_nway_lora.compat.defects import Defect, Seen
+from vllm_nway_lora.compat.patching import Need
 from vllm_nway_lora.compat.releases import TESTED, Support
+from vllm_nway_lora.compat.sources import Sources
 
 COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 WORKER_GROUP = next(g for g in groups.GROUPS if g.anchor == "vllm.lora.worker_manager")
+
+
+#: Prints what a vLLM lacks in whose sources one word is replaced by another. Writes no byte code.
+RENAMED = """
+import json, re, sys
+from importlib.machinery import SourceFileLoader
+sys.dont_write_bytecode = True
+old, new = (word.encode() for word in sys.argv[1:])
+read = SourceFileLoader.get_data
+def get_data(loader, path):
+    is_vllms = "/vllm/" in path and path.endswith(".py")
+    return re.sub(rb"\\b" + old + rb"\\b", new, read(loader, path)) if is_vllms else read(loader, path)
+SourceFileLoader.get_data = get_data
+from vllm_nway_lora.compat import registration, releases
+missing = registration.find_missing(str(releases.LAST))
+assert "vllm" not in sys.modules and "torch" not in sys.modules
+print(json.dumps(missing))
+"""
 
 
 class Lines(logging.Handler):
@@ -75,8 +96,23 @@ def test_tested_release_logs_nothing(register: Callable[..., list[str]]) -> None
     assert is_applied()
 
 
+def has_recent_attributes() -> bool:
+    """Return whether the installed release has all that a release after the newest one must have."""
+    return not any(Sources().find_fault(need) for need in needs.RECENT)
+
+
+#: An untested version whose needs the installed release has.
+UNTESTED = (
+    "0.99.0" if has_recent_attributes() else f"{Version(vllm.__version__).base_version}.post1"
+)
+
+
 @pytest.mark.parametrize("mode", ["1", "strict"])
-@pytest.mark.parametrize("version", ["0.99.0", "0.34.0.dev12+g0a1b2c3", "0.32.0rc1", "dev"])
+@pytest.mark.parametrize(
+    "version",
+    [UNTESTED, "0.32.0rc1"]
+    + ["0.34.0.dev12+g0a1b2c3", "dev", "0.1.dev1+g1234567"] * has_recent_attributes(),
+)
 def test_untested_release_with_every_need_is_on_with_one_warning(
     register: Callable[..., list[str]], version: str, mode: str
 ) -> None:
@@ -85,8 +121,8 @@ def test_untested_release_with_every_need_is_on_with_one_warning(
     assert is_applied()
 
 
-def rename_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("vllm.lora.utils._all_lora_classes")
+def rename_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("vllm.lora.model_manager.process_packed_modules_mapping")
 
 
 def rename_a_function(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +142,15 @@ def rename_an_import(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (rename_the_table, "vllm.lora.utils._all_lora_classes (lora-layer-class)"),
+        (
+            rename_a_target,
+            "vllm.lora.model_manager.process_packed_modules_mapping (packed-modules-mapping)",
+        ),
         (rename_a_function, f"{COLUMN_PARALLEL}._mcp_apply"),
         (
             rename_a_parameter,
-            "the parameter model_config, packed_modules_list of vllm.lora.utils.from_layer",
+            "the parameter model_config, packed_modules_list of vllm.lora.utils.from_layer "
+            "(lora-layer-class)",
         ),
         (rename_an_import, "what this package imports: cannot import name 'divide'"),
     ],
@@ -123,13 +163,13 @@ def test_untested_release_that_lacks_a_need_is_left_unchanged(
 ) -> None:
     """One warning names the missing need. Under ``strict`` an error has the same text."""
     change(monkeypatch)
-    [line] = register("0.99.0")
+    [line] = register(UNTESTED)
     prefix = "WARNING vllm-nway-lora stands aside and leaves vLLM unchanged: "
-    assert line.startswith(f"{prefix}vLLM 0.99.0 lacks {words}")
+    assert line.startswith(f"{prefix}vLLM {UNTESTED} lacks {words}")
     assert not is_applied()
     vllm_nway_lora.unregister()
     with pytest.raises(RuntimeError, match="VLLM_NWAY_LORA=strict") as error:
-        register("0.99.0", "strict")
+        register(UNTESTED, "strict")
     assert line.removeprefix(prefix) in str(error.value)
     assert not is_applied()
 
@@ -138,16 +178,52 @@ def test_strict_ends_process_that_loads_lora() -> None:
     """In a process of its own, where an import of vLLM applies the patches, the error ends the import."""
     done = run_python(
         """
-        import vllm, vllm.lora.utils, vllm_nway_lora
-        vllm.__version__ = "0.99.0"
-        vllm.lora.utils.renamed = vllm.lora.utils.__dict__.pop("_all_lora_classes")
+        import sys
+        import vllm, vllm.lora.layers.column_parallel_linear as module, vllm_nway_lora
+        vllm.__version__ = sys.argv[1]
+        module.renamed = module.__dict__.pop("_mcp_apply")
         vllm_nway_lora.register()
         import vllm.lora.worker_manager
         """,
+        UNTESTED,
         VLLM_NWAY_LORA="strict",
     )
     assert done.returncode != 0
-    assert "vLLM 0.99.0 lacks vllm.lora.utils._all_lora_classes" in done.stderr.splitlines()[-1]
+    assert f"vLLM {UNTESTED} lacks {COLUMN_PARALLEL}._mcp_apply" in done.stderr.splitlines()[-1]
+
+
+def test_untested_release_that_lacks_an_attribute_of_another_process_is_left_unchanged(
+    register: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker looks for what the engine core uses: all processes of an engine decide the same."""
+    missing = [Need("vllm.v1.engine.core", "EngineCore.lost"), Need("vllm.gone", "lost")]
+    monkeypatch.setattr(needs, "NEEDS", (*missing, *needs.NEEDS))
+    version = f"{UNTESTED}.dev1"  # not looked at before
+    [line] = register(version)
+    lost = "vllm.v1.engine.core.EngineCore.lost, vllm.gone.lost"
+    assert line.endswith(f"vLLM {version} lacks {lost}.")
+    assert not is_applied()
+
+
+def test_decision_depends_on_the_sources_alone() -> None:
+    """A process that imports nothing of vLLM finds the same, also what classes set on instances."""
+    missing = evaluate(RENAMED, "token_lora_indices", "tokens_lora_indices")
+    assert missing == ["vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.token_lora_indices"]
+    missing = evaluate(RENAMED, "output_queue", "outputs_queue")
+    assert missing == ["vllm.v1.engine.core.EngineCoreProc.output_queue"]
+
+
+def test_unreadable_sources_count_as_missing() -> None:
+    [missing] = evaluate(RENAMED, "def", "lambda")
+    assert missing.startswith("sources that can be read (SyntaxError: ")
+
+
+def test_tested_release_reads_no_sources(
+    register: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "find_missing", None)
+    assert register(TESTED[-1]) == []
+    assert is_applied()
 
 
 def test_older_release_is_left_unchanged(register: Callable[..., list[str]]) -> None:

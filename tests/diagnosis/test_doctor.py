@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,26 +48,93 @@ def test_doctor_reports_that_plugin_is_off() -> None:
 
 def test_doctor_names_missing_attribute() -> None:
     status, report = doctor(
-        "import vllm.lora.utils as u; u._lora_classes = u.__dict__.pop('_all_lora_classes')"
+        "import vllm.lora.model_manager as m; m.renamed = m.__dict__.pop('from_layer')"
     )
     assert status == 1
-    assert any("vllm.lora.utils._all_lora_classes" in warning for warning in report["warnings"])
+    assert any("vllm.lora.model_manager.from_layer" in warning for warning in report["warnings"])
     states = {patch["state"] for patch in report["patches"]}
     assert "aside" in states <= {"aside", "not needed here"}
 
 
-def test_doctor_names_earlier_replacement_of_a_target() -> None:
-    _, report = doctor(
-        """
-import types
-import vllm.lora.model_manager as m
-def other(model, *args, **kwargs): ...
-other.__module__ = "another_plugin.patches"
-m.process_packed_modules_mapping = other
+OTHER_PLUGIN = """
+import functools
+import vllm.lora.model_manager as manager
+import vllm.lora.worker_manager as worker
+import vllm_nway_lora
+
+def replacement(*args, **kwargs):
+    raise AssertionError
+
+def wrapper_of(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+    return wrapper
+
+def register():
 """
+
+
+def doctor_beside(folder: Path, *register: str) -> tuple[int, dict[str, Any], str]:
+    """Run doctor beside another plugin, which vLLM loads before this one.
+
+    Returns the exit status, the report, and the name of the other plugin's module and its file.
+    """
+    file = folder / "another_plugin.py"
+    file.write_text(OTHER_PLUGIN + "".join(f"    {line}\n" for line in register))
+    metadata = folder / "another_plugin-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: another-plugin\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nanother = another_plugin:register\n"
     )
-    [patch] = [p for p in report["patches"] if p["name"] == "packed-modules-mapping"]
-    assert patch["replaced_by"] == "another_plugin.patches"
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    status, report = doctor(PYTHONPATH=path)
+    return status, report, f"another_plugin ({file})"
+
+
+def test_doctor_names_what_others_replaced_before(tmp_path: Path) -> None:
+    """It wraps them, so all is well; what others override of classes that it uses is named too."""
+    status, report, other = doctor_beside(
+        tmp_path,
+        "manager.from_layer = wrapper_of(manager.from_layer)",
+        "worker.LRUCacheWorkerLoRAManager._load_adapter = wrapper_of(",
+        "    worker.WorkerLoRAManager._load_adapter)",
+    )
+    patches = {patch["target"]: patch for patch in report["patches"] if patch["name"] != "-"}
+    assert patches["vllm.lora.model_manager.from_layer"]["replaced_by"] == other
+    [override] = [patch for patch in report["patches"] if patch["name"] == "-"]
+    assert override["target"] == (
+        "vllm.lora.worker_manager.LRUCacheWorkerLoRAManager._load_adapter"
+    )
+    assert (override["state"], override["reason"]) == ("replaced", f"by {other}")
+    assert status == 0, report["warnings"]
+
+
+def test_doctor_names_what_others_replace_afterwards(tmp_path: Path) -> None:
+    status, report, other = doctor_beside(
+        tmp_path,
+        "vllm_nway_lora.register()",
+        "manager.process_packed_modules_mapping = replacement",
+        "manager.from_layer = wrapper_of(manager.from_layer)",
+        "worker.LRUCacheWorkerLoRAManager.__init__ = replacement",
+    )
+    assert status == 1
+    states = {patch["name"]: patch["state"] for patch in report["patches"]}
+    assert states["packed-modules-mapping"] == states["admission"] == "replaced"
+    assert states["lora-layer-class-of-models"] == "on"
+    [wrapped] = [patch for patch in report["patches"] if patch["name"] == "-"]
+    assert wrapped["target"] == "vllm.lora.model_manager.from_layer"
+    assert wrapped["reason"] == f"by {other}"
+    mapping, admission = sorted(report["warnings"], reverse=True)
+    assert mapping == (
+        "patch packed-modules-mapping is not in place: "
+        f"vllm.lora.model_manager.process_packed_modules_mapping is replaced by {other}"
+    )
+    assert admission == (
+        "patch admission is not in place: "
+        f"vllm.lora.worker_manager.LRUCacheWorkerLoRAManager.__init__ is replaced by {other}"
+    )
 
 
 @pytest.mark.parametrize("command", ["check", "plan"])

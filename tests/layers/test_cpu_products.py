@@ -137,12 +137,43 @@ def test_empty_batch(punica: PunicaWrapperCPU) -> None:
 
 
 def test_mapping_with_more_tokens_than_input_is_refused(punica: PunicaWrapperCPU) -> None:
+    """vLLM's wrapper fails too, without the numbers."""
     given = operands(torch.float32, torch.float32)
+    given |= {name: given[name][:3] for name in ("x", "y")}
     layers.map_tokens(punica, (0,) * TOKENS)
     with pytest.raises(ValueError, match=f"mapping has {TOKENS} tokens, the input has 3"):
-        GroupedPunica(punica).add_lora_linear(
-            **given | {name: given[name][:3] for name in ("x", "y")}
+        GroupedPunica(punica).add_lora_linear(**given)
+    with pytest.raises(RuntimeError):
+        punica.add_lora_linear(**given)
+
+
+@pytest.mark.parametrize("slots", [(1,) * TOKENS, (0, 1) * (TOKENS // 2)], ids=["one", "mixed"])
+def test_expand_begins_at_its_offset(punica: PunicaWrapperCPU, slots: tuple[int, ...]) -> None:
+    """Columns before and behind the slices stay unchanged."""
+    offset, behind = 5, 3
+    given = operands(torch.float32, torch.float32)
+    buffers = torch.randn(len(WIDTHS), TOKENS, MAX_RANK)
+    y = torch.randn(TOKENS, offset + sum(WIDTHS) + behind)
+    ours, theirs = y.clone(), y.clone()
+    layers.map_tokens(punica, slots)
+    for wrapper, output in ((GroupedPunica(punica), ours), (punica, theirs)):
+        wrapper.add_expand(
+            output, buffers, given["lora_b_stacked"], WIDTHS, offset_start=offset, add_inputs=True
         )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(ours[:, :offset], y[:, :offset])
+    assert torch.equal(ours[:, -behind:], y[:, -behind:])
+    assert not torch.equal(ours[:, offset:-behind], y[:, offset:-behind])
+
+
+def test_other_attributes_are_those_of_vllms_wrapper(punica: PunicaWrapperCPU) -> None:
+    ours = GroupedPunica(punica)
+    assert ours.token_lora_indices is not None
+    assert ours.add_lora_embedding == punica.add_lora_embedding
+    with pytest.raises(AttributeError, match="nothing"):
+        ours.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="_wrapper"):
+        GroupedPunica.__new__(GroupedPunica)._wrapper  # noqa: B018
 
 
 def test_only_vllms_cpu_wrapper_is_replaced(punica: PunicaWrapperCPU) -> None:

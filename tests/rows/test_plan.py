@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_nway_lora.rows.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
@@ -43,6 +43,7 @@ def fusions(draw: st.DrawFn) -> tuple[int, list[int], list[bool], list[list[int]
     return tp, sizes, replicated, [list(range(a, b)) for a, b in zip(bounds, bounds[1:])]
 
 
+@settings(deadline=None)  # on a busy machine, a draw can take longer than the default of 200 ms
 @given(fusions(), st.data())
 def test_every_rank_gets_the_dense_rows(
     fusion: tuple[int, list[int], list[bool], list[list[int]]], data: st.DataObject

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
+
+from vllm_nway_lora.compat import releases
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,8 @@ class Defect:
     retired_by: str
 
     def messages(self, version: str) -> tuple[str, ...] | None:
-        """Return the messages of ``version`` of vLLM; None if that version lacks the defect.
-
-        A version that cannot be parsed counts as the newest.
-        """
-        try:
-            release = Version(Version(version).public)
-        except InvalidVersion:
-            release = None
+        """Return the messages of ``version`` of vLLM; None if that version lacks the defect."""
+        release = releases.parse(version)
         for seen in self.seen:
             if seen.last is None and (release is None or Version(seen.first) <= release):
                 return seen.messages
@@ -181,11 +177,27 @@ DEFECTS = (
         "An engine in which a failed load fails only its request.",
     ),
     Defect(
+        "stale-prefix-cache",
+        "After other weights have been loaded under an adapter's name, prompts are answered from the "
+        "cached prefixes of the old weights.",
+        (Seen("0.17.0", None),),
+        ("#42125", "#30931", "#48352"),
+        "A prefix cache whose keys depend on the adapter's contents.",
+    ),
+    Defect(
         "reloaded-every-step",
         "After `load_inplace`, every step of every request reads the adapter from disk again.",
         (Seen("0.17.0", "0.32.0"),),
         (),
         "0.33.0.",
+    ),
+    Defect(
+        "replaced-on-some-engines",
+        "With data parallelism, a `load_inplace` that one engine refuses leaves the new adapter on the "
+        "others, under the same name.",
+        (Seen("0.17.0", None),),
+        (),
+        "A load that all engines confirm before any of them replaces the adapter.",
     ),
     Defect(
         "gathered-when-whole",

@@ -30,14 +30,11 @@ def _wrapped_by(path: str) -> Callable[[Any], Any]:
     return lambda original: wrapt.FunctionWrapper(original, _load(path))
 
 
-def _replaced_by(path: str) -> Callable[[Any], Any]:
-    """Return a replacement that calls a function of this package with the original attribute."""
-    return lambda original: _load(path)(original)
-
-
 _COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 _MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
 _SERVING = "vllm.entrypoints.openai.models.serving"
+_CORE = "vllm.v1.engine.core"
+_FROM_LAYER = ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")
 
 GROUPS = (
     # In the workers: exact layers, and whole adapters only.
@@ -46,8 +43,13 @@ GROUPS = (
         (
             Patch(
                 "lora-layer-class",
-                Need("vllm.lora.utils", "_all_lora_classes"),
-                _replaced_by("layers.classes:put_our_classes_first"),
+                Need("vllm.lora.utils", "from_layer", _FROM_LAYER),
+                _wrapped_by("layers.classes:build_layer"),
+            ),
+            Patch(
+                "lora-layer-class-of-models",
+                Need("vllm.lora.model_manager", "from_layer", _FROM_LAYER),
+                _wrapped_by("layers.classes:build_layer"),
             ),
             Patch(
                 "packed-modules-mapping",
@@ -56,10 +58,27 @@ GROUPS = (
             ),
             Patch(
                 "admission",
+                Need("vllm.lora.worker_manager", "WorkerLoRAManager.__init__"),
+                _wrapped_by("adapters.roads:guard_loading"),
+            ),
+            Patch(
+                "admission-from-memory",
+                Need("vllm.lora.model_manager", "LoRAModelManager._add_adapter", ("lora",)),
+                _wrapped_by("adapters.roads:add_adapter"),
+            ),
+            Patch(
+                "failed-activation",
+                Need("vllm.lora.model_manager", "LoRAModelManager.activate_adapter", ("lora_id",)),
+                _wrapped_by("adapters.roads:activate_adapter"),
+            ),
+            Patch(
+                "failed-eviction",
                 Need(
-                    "vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("lora_request",)
+                    "vllm.lora.model_manager",
+                    "LRUCacheLoRAModelManager.activate_adapter",
+                    ("lora_id",),
                 ),
-                _wrapped_by("adapters.admission:load_adapter"),
+                _wrapped_by("adapters.roads:activate_adapter"),
             ),
             Patch(
                 "adapter-tensors",
@@ -92,13 +111,9 @@ GROUPS = (
             "bias-for-matrix",
         ),
         (
+            Need("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("lora_request",)),
             Need(_COLUMN_PARALLEL, "_mcp_apply", ("x", "bias", "layer")),
             Need(_COLUMN_PARALLEL, "ColumnParallelLinearWithLoRA.apply", ("x", "bias")),
-            Need(
-                "vllm.lora.utils",
-                "from_layer",
-                ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config"),
-            ),
             Need(
                 "vllm.model_executor.layers.linear",
                 "MergedColumnParallelLinear.weight_loader",
@@ -109,7 +124,7 @@ GROUPS = (
     # In the engine core: an adapter is loaded by all ranks or by none, and its failure does not
     # end the engine.
     Group(
-        "vllm.v1.engine.core",
+        _CORE,
         (
             Patch(
                 "all-ranks-or-none",
@@ -118,30 +133,103 @@ GROUPS = (
             ),
             Patch(
                 "request-alone-fails",
-                Need("vllm.v1.engine.core", "EngineCore.add_request", ("request",)),
+                Need(_CORE, "EngineCore.add_request", ("request",)),
                 _wrapped_by("engine.requests:add_request"),
             ),
             Patch(
+                "look-before-step",
+                Need(_CORE, "EngineCore.step"),
+                _wrapped_by("engine.requests:step"),
+            ),
+            Patch(
+                "look-before-step-with-batch-queue",
+                Need(_CORE, "EngineCore.step_with_batch_queue"),
+                _wrapped_by("engine.requests:step"),
+            ),
+            Patch(
+                "removed-adapters",
+                Need("vllm.v1.executor.abstract", "Executor.remove_lora", ("lora_id",)),
+                _wrapped_by("engine.loading:remove_lora"),
+            ),
+            Patch(
+                "calls-of-workers",
+                Need(_CORE, "EngineCore.collective_rpc", ("method", "args")),
+                _wrapped_by("engine.requests:collective_rpc"),
+            ),
+            Patch(
                 "same-plugin-on-all-ranks",
-                Need(
-                    "vllm.v1.engine.core", "EngineCore.__init__", ("vllm_config", "executor_class")
-                ),
-                _wrapped_by("engine.agreement:start_engine"),
+                Need(_CORE, "EngineCore._initialize_kv_caches", ("vllm_config",)),
+                _wrapped_by("engine.agreement:initialize_kv_caches"),
             ),
         ),
         ("stale-replies", "request-ends-engine"),
+    ),
+    # In the engine core: other weights under the same name have other keys in the prefix cache.
+    Group(
+        "vllm.v1.core.kv_cache_utils",
+        (
+            Patch(
+                "prefix-cache-keys",
+                Need("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", ("request",)),
+                _wrapped_by("engine.prefix_cache:add_label"),
+            ),
+        ),
+        ("stale-prefix-cache",),
+    ),
+    # In the process that calls an engine: a failed request raises an error with the reason.
+    Group(
+        "vllm.v1.engine.output_processor",
+        (
+            Patch(
+                "errors-of-requests",
+                Need(
+                    "vllm.v1.engine.output_processor",
+                    "OutputProcessor.process_outputs",
+                    ("engine_core_outputs",),
+                ),
+                _wrapped_by("engine.clients:process_outputs"),
+            ),
+        ),
+        ("request-ends-engine",),
+    ),
+    Group(
+        "vllm.v1.engine.llm_engine",
+        (
+            Patch(
+                "refused-on-arrival",
+                Need("vllm.v1.engine.llm_engine", "LLMEngine.add_request", ("request_id",)),
+                _wrapped_by("engine.clients:forget_refused"),
+            ),
+            Patch(
+                "refused-before-step",
+                Need("vllm.v1.engine.llm_engine", "LLMEngine.step"),
+                _wrapped_by("engine.clients:forget_refused"),
+            ),
+        ),
+        ("request-ends-engine",),
+    ),
+    Group(
+        "vllm.entrypoints.llm",
+        (
+            Patch(
+                "others-of-a-failed-call",
+                Need("vllm.entrypoints.llm", "LLM._run_engine"),
+                _wrapped_by("engine.clients:run_engine"),
+            ),
+        ),
+        ("request-ends-engine",),
     ),
     # In the API server.
     Group(
         _SERVING,
         (
             Patch(
-                "load-inplace-once",
+                "same-adapter-on-all-engines",
                 Need(_SERVING, "OpenAIServingModels.load_lora_adapter", ("request",)),
-                _wrapped_by("engine.server:reset_load_inplace"),
+                _wrapped_by("engine.server:load_lora_adapter"),
             ),
         ),
-        ("reloaded-every-step",),
+        ("reloaded-every-step", "replaced-on-some-engines"),
     ),
     # vLLM does the same from 0.22.0 on.
     Group(

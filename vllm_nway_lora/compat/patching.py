@@ -19,11 +19,11 @@ class MissingAttributeError(LookupError):
 
 @dataclass(frozen=True)
 class Need:
-    """An attribute of an imported module that must exist.
+    """An attribute of a module that must exist.
 
     Attributes:
         module: the module's full name.
-        attribute: the path within the module, ``function`` or ``Class.method``.
+        attribute: the path within the module, ``function`` or ``Class.attribute``.
         parameters: names of parameters that the function must accept.
     """
 
@@ -38,7 +38,8 @@ class Need:
         """Return the object that owns the attribute, and the attribute's own name.
 
         Raises:
-            MissingAttributeError: the attribute does not exist, or lacks a parameter.
+            MissingAttributeError: the module is not imported, or the attribute does not exist or
+                lacks a parameter.
         """
         owner: Any = sys.modules.get(self.module)
         path, _, name = self.attribute.rpartition(".")
@@ -94,53 +95,95 @@ class Group:
     needs: tuple[Need, ...] = ()
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A replacement that this package has put in the place of an attribute.
+
+    Attributes:
+        owner: the module or class that has the attribute.
+        name: the attribute's own name.
+        original: the attribute before.
+        replacement: the attribute after.
+        is_inherited: whether a base class had the attribute, and the owner itself did not.
+    """
+
+    owner: Any
+    name: str
+    original: Any
+    replacement: Any
+    is_inherited: bool
+
+    @property
+    def current(self) -> Any:
+        """The attribute as it is now."""
+        return inspect.getattr_static(self.owner, self.name, None)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the attribute is the replacement, or a wrapper around it that names what it wraps."""
+        found = self.current
+        while found is not None and found is not self.replacement:
+            found = getattr(found, "__wrapped__", None)
+        return found is not None
+
+
 class Patcher:
     """Applies groups in this process and restores the originals."""
 
     def __init__(self) -> None:
-        # Patch -> (owner, attribute's name, original attribute).
-        self._originals: dict[Patch, tuple[Any, str, Any]] = {}
+        self.placed: dict[Patch, Placed] = {}
 
     @property
     def applied(self) -> tuple[Patch, ...]:
-        """The patches that are in place, in the order in which they were applied."""
-        return tuple(self._originals)
+        """The patches that are in place now, in the order in which they were applied.
+
+        A patch whose target somebody else has replaced since is not one of them.
+        """
+        return tuple(patch for patch, placed in self.placed.items() if placed.is_in_place)
 
     def apply(self, group: Group) -> None:
-        """Apply every patch of a group, unless the group is in place already.
+        """Apply every patch of a group, unless the group has been applied already.
 
         Raises:
             MissingAttributeError: something that the group needs does not exist. The message names
                 all that is missing. Nothing has been replaced then.
         """
-        if any(patch in self._originals for patch in group.patches):
+        if any(patch in self.placed for patch in group.patches):
             return
-        originals: dict[Patch, tuple[Any, str, Any]] = {}
+        targets: dict[Patch, tuple[Any, str]] = {}
         missing = []
         parts: tuple[Need | Patch, ...] = (*group.needs, *group.patches)
         for part in parts:
             try:
-                owner, name = part.find()
+                target = part.find()
             except MissingAttributeError as error:
                 missing.append(str(error))
                 continue
             if isinstance(part, Patch):
-                # Not `getattr`, which binds class methods.
-                originals[part] = (owner, name, inspect.getattr_static(owner, name))
+                targets[part] = target
         if missing:
             raise MissingAttributeError(", ".join(missing))
         try:
-            replacements = {
-                patch: patch.replacement(original) for patch, (_, _, original) in originals.items()
-            }
+            placed = {patch: _replace(patch, *target) for patch, target in targets.items()}
         except (ImportError, AttributeError) as error:  # from the modules of the replacements
             raise MissingAttributeError(f"what this package imports: {error}") from error
-        for patch, (owner, name, _) in originals.items():
-            setattr(owner, name, replacements[patch])
-        self._originals.update(originals)
+        for each in placed.values():
+            setattr(each.owner, each.name, each.replacement)
+        self.placed.update(placed)
 
     def undo(self) -> None:
-        """Restore every original attribute."""
-        for owner, name, original in self._originals.values():
-            setattr(owner, name, original)
-        self._originals.clear()
+        """Restore every original attribute, except those that somebody else has replaced since."""
+        for placed in self.placed.values():
+            if placed.current is not placed.replacement:
+                continue
+            if placed.is_inherited:
+                delattr(placed.owner, placed.name)
+            else:
+                setattr(placed.owner, placed.name, placed.original)
+        self.placed.clear()
+
+
+def _replace(patch: Patch, owner: Any, name: str) -> Placed:
+    # Not `getattr`, which binds class methods.
+    original = inspect.getattr_static(owner, name)
+    return Placed(owner, name, original, patch.replacement(original), name not in vars(owner))

@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn the plugin on and off in this process: apply every group as its anchor is imported."""
+"""Turn the plugin on and off in this process: apply every group as its anchor is imported.
+
+On an untested release, each process first looks for everything that the package uses, in vLLM's sources
+(:mod:`vllm_nway_lora.compat.sources`). All processes of an engine find the same, so that all of them
+have the patches or none has.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 
 import wrapt
 
 from vllm_nway_lora import settings
-from vllm_nway_lora.compat import groups, releases
-from vllm_nway_lora.compat.patching import Group, MissingAttributeError, Patch, Patcher
+from vllm_nway_lora.compat import groups, needs, releases
+from vllm_nway_lora.compat.patching import Group, MissingAttributeError, Patch, Patcher, Placed
 
 logger = logging.getLogger("vllm.nway_lora")
 
 _patcher = Patcher()
 _is_active = False
 _has_hooks = False
+_reason_to_stand_aside = ""
 # Messages that this process has logged: several groups can have the same one.
 _logged: set[str] = set()
 
@@ -43,13 +51,25 @@ def register() -> None:
 
 def unregister() -> None:
     """See :func:`vllm_nway_lora.unregister`."""
+    global _reason_to_stand_aside
     _undo()
     _logged.clear()
+    _reason_to_stand_aside = ""
 
 
 def applied() -> tuple[Patch, ...]:
-    """Return the patches that are in place in this process."""
+    """Return the patches that are in place in this process now (see :class:`Patcher`)."""
     return _patcher.applied
+
+
+def placed() -> Mapping[Patch, Placed]:
+    """Return what this package has put in place in this process, replaced since or not."""
+    return _patcher.placed
+
+
+def reason_to_stand_aside() -> str:
+    """Return why this process has none of the patches; empty if it does not stand aside."""
+    return _reason_to_stand_aside
 
 
 def _undo() -> None:
@@ -70,6 +90,9 @@ def _apply(group: Group) -> None:
     support = releases.support(version)
     if support is releases.Support.TOO_OLD:
         _stand_aside(f"vLLM {version} is older than {releases.FIRST}, the oldest supported release")
+        return
+    if support is releases.Support.UNTESTED and (missing := find_missing(version)):
+        _stand_aside(f"vLLM {version} lacks {', '.join(missing)}")
         return
     if not groups.is_needed(group, version):
         names = ", ".join(patch.name for patch in group.patches)
@@ -92,9 +115,34 @@ def _apply(group: Group) -> None:
         )
 
 
+@functools.cache
+def find_missing(version: str) -> tuple[str, ...]:
+    """Return what ``version`` of vLLM lacks of all that the package uses, as its sources show."""
+    from vllm_nway_lora.compat.sources import Sources
+
+    targets = [
+        need
+        for group in groups.GROUPS
+        if groups.is_needed(group, version)
+        for need in (*group.needs, *(patch.target for patch in group.patches))
+    ]
+    release = releases.parse(version)
+    is_newer = release is None or release > releases.LAST
+    try:
+        sources = Sources()
+        used = [*targets, *needs.NEEDS, *(needs.RECENT if is_newer else ())]
+        used += [need for need in needs.OF_OPTIONAL_OWNERS if sources.has_owner(need)]
+        faults = [sources.find_fault(need) for need in used]
+    except Exception as error:
+        return (f"sources that can be read ({type(error).__name__}: {error})",)
+    return tuple(dict.fromkeys(filter(None, faults)))
+
+
 def _stand_aside(reason: str) -> None:
     """Undo every patch, so that this process has all of this package's patches or none."""
+    global _reason_to_stand_aside
     _undo()
+    _reason_to_stand_aside = reason
     if settings.read_mode() is settings.Mode.STRICT:
         raise RuntimeError(f"{settings.VARIABLE}=strict: vllm-nway-lora cannot be on: {reason}.")
     _log_once(logging.WARNING, f"vllm-nway-lora stands aside and leaves vLLM unchanged: {reason}.")

@@ -24,6 +24,7 @@ KNOWN = (
 TESTED = KNOWN
 
 FIRST = Version(KNOWN[0])
+LAST = Version(KNOWN[-1])
 
 #: The first release with a text-only Qwen3.5 class (model_executor/models/registry.py). The engine
 #: tests serve that class, and a model of their own on older releases.
@@ -38,15 +39,25 @@ class Support(enum.Enum):
     TOO_OLD = "too old"
 
 
-def support(version: str) -> Support:
-    """Return how this package supports ``version``, as ``vllm.__version__`` reports it.
+def parse(version: str) -> Version | None:
+    """Return a vLLM version without its local part, such as ``+cpu``, which describes the build.
 
-    The local part of a version, such as ``+cpu``, is ignored: it describes the build. A version
-    that cannot be parsed, such as a source checkout's, is untested.
+    Returns None for a version that counts as newer than every release: one that cannot be parsed, or
+    a development version before :data:`FIRST`. A build of vLLM's sources without tags is named
+    ``0.1.dev1+g1234567``, however new the sources are.
     """
     try:
-        release = Version(version)
+        release = Version(Version(version).public)
     except InvalidVersion:
+        return None
+    is_unknown = release.is_devrelease and Version(release.base_version) < FIRST
+    return None if is_unknown else release
+
+
+def support(version: str) -> Support:
+    """Return how this package supports ``version``, as ``vllm.__version__`` reports it."""
+    release = parse(version)
+    if release is None:
         return Support.UNTESTED
     if Version(release.base_version) < FIRST:
         return Support.TOO_OLD

@@ -10,16 +10,25 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from vllm_nway_lora import __version__, settings
-from vllm_nway_lora.compat import defects, groups, registration, releases
-from vllm_nway_lora.compat.patching import MissingAttributeError, Patch
+from vllm_nway_lora.compat import defects, groups, needs, registration, releases
+from vllm_nway_lora.compat.patching import Group, Patch
+from vllm_nway_lora.diagnosis import owners
 
-#: The states of a patch: in place, not needed on this release, not applied.
-ON, NOT_NEEDED, ASIDE = "on", "not needed here", "aside"
+#: The states of a patch: in place, not needed on this release, not applied, replaced by another package.
+ON, NOT_NEEDED, ASIDE, REPLACED = "on", "not needed here", "aside", "replaced"
 
 
 @dataclass(frozen=True)
 class PatchState:
-    """One patch, its target, its state and the reason for that state."""
+    """One patch, or an attribute that this package uses and that another package has replaced.
+
+    Attributes:
+        name: the patch's name; ``-`` for another attribute.
+        target: the attribute.
+        state: one of the states above.
+        reason: the reason for that state.
+        replaced_by: the module and file that had replaced the target before the patch was applied.
+    """
 
     name: str
     target: str
@@ -35,7 +44,8 @@ class Report:
     Attributes:
         versions: distribution or module -> its version, or the error of its import.
         warnings: what keeps the plugin from working, the most severe first; empty if it works.
-        patches: every attribute of vLLM that this package replaces.
+        patches: every attribute of vLLM that this package replaces, and those that it uses and that
+            another package has replaced.
         defects: defect of this release of vLLM -> its description and upstream's threads.
         selftest: layer and mode -> ``exact`` or the fault; empty if the plugin is not on.
     """
@@ -119,6 +129,14 @@ def _filters() -> list[str]:
 
 
 def _register(report: Report) -> None:
+    """Load all plugins and import all anchors, as the processes of an engine do together."""
+    from vllm.plugins import load_general_plugins
+
+    for load in (load_general_plugins, registration.register):
+        try:
+            load()
+        except Exception as error:
+            report.warnings.append(f"loading the plugins fails: {error}")
     # If a patch's module cannot be imported here, that error is the patch's reason.
     unimportable: dict[str, str] = {}
     for group in groups.GROUPS:
@@ -126,37 +144,50 @@ def _register(report: Report) -> None:
             importlib.import_module(group.anchor)
         except Exception as error:
             unimportable[group.anchor] = f"{type(error).__name__}: {error}"
-    foreign = {patch: _owner(patch) for group in groups.GROUPS for patch in group.patches}
-    try:
-        registration.register()
-    except RuntimeError as error:
-        report.warnings.append(str(error))
-    on = registration.applied()
-    vllm_version = str(importlib.import_module("vllm").__version__)
     for group in groups.GROUPS:
         for patch in group.patches:
-            state, reason = ON, f"fixes {', '.join(group.defects)}"
-            if not groups.is_needed(group, vllm_version):
-                state, reason = NOT_NEEDED, f"this vLLM has no {', '.join(group.defects)}"
-            elif patch not in on:
-                state, reason = ASIDE, unimportable.get(group.anchor, "")
-                try:
-                    patch.find()
-                except MissingAttributeError as error:
-                    reason = f"this vLLM lacks {error}"
-                reason = reason or "another part of its group is missing"
-                report.warnings.append(f"patch {patch.name} is not applied: {reason}")
-            report.patches.append(
-                PatchState(patch.name, str(patch.target), state, reason, foreign[patch])
-            )
+            report.patches.append(_examine(patch, group, unimportable.get(group.anchor, "")))
+    report.warnings += [
+        f"patch {patch.name} is not {'in place' if patch.state is REPLACED else 'applied'}: "
+        f"{patch.reason}"
+        for patch in report.patches
+        if patch.state in (ASIDE, REPLACED)
+    ]
+    # Beside the patches: what this package uses, and the patches that other packages have wrapped.
+    patched = {patch.target for patch in report.patches}
+    others = [need for need in needs.NEEDS if str(need) not in patched]
+    others += [
+        patch.target
+        for patch, placed in registration.placed().items()
+        if placed.is_in_place and placed.current is not placed.replacement
+    ]
+    report.patches += [
+        PatchState("-", target, REPLACED, f"by {owner}")
+        for target, owner in owners.find_replaced(others).items()
+    ]
 
 
-def _owner(patch: Patch) -> str:
-    """Return the module that replaced a target before this package; empty if it is vLLM's own."""
-    try:
-        owner, name = patch.find()
-    except MissingAttributeError:
-        return ""
-    module = str(getattr(getattr(owner, name), "__module__", "") or "")
-    package = module.partition(".")[0]
-    return "" if package in ("", "vllm", "vllm_nway_lora", "builtins") else module
+def _examine(patch: Patch, group: Group, error: str) -> PatchState:
+    """Return the state of a patch now.
+
+    Args:
+        patch: the patch.
+        group: its group.
+        error: the error of the import of the group's anchor, if any.
+    """
+    name, target = patch.name, str(patch.target)
+    if not groups.is_needed(group, str(importlib.import_module("vllm").__version__)):
+        return PatchState(name, target, NOT_NEEDED, f"this vLLM has no {', '.join(group.defects)}")
+    placed = registration.placed().get(patch)
+    if placed is None:
+        return PatchState(name, target, ASIDE, error or registration.reason_to_stand_aside())
+    before = owners.describe(placed.original)
+    replaced = owners.find_replaced((patch.target,))
+    if placed.is_in_place:
+        replaced.pop(target, None)  # another package calls this one's
+    elif not replaced:
+        replaced[target] = "another package"
+    if replaced:
+        reason = "; ".join(f"{place} is replaced by {owner}" for place, owner in replaced.items())
+        return PatchState(name, target, REPLACED, reason, before)
+    return PatchState(name, target, ON, f"fixes {', '.join(group.defects)}", before)

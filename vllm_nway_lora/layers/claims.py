@@ -24,9 +24,12 @@ from vllm_nway_lora.compat import defects
 from vllm_nway_lora.models import mamba2, tables
 from vllm_nway_lora.rows.notes import LayerNotes, get_notes
 from vllm_nway_lora.rows.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
-from vllm_nway_lora.rows.probe import list_shards, read_outputs, read_whole
+from vllm_nway_lora.rows.probe import LoaderError, list_shards, read_outputs, read_whole
 
 logger = logging.getLogger("vllm.nway_lora")
+
+#: The classes of layers of which a warning has been logged.
+_left_to_vllm: set[type] = set()
 
 
 def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
@@ -41,7 +44,11 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
         PlanError: ``VLLM_NWAY_LORA=strict``, and the layer's weight loader places its rows in a way
             that no plan describes. In the other modes the plan refuses every adapter on that layer.
     """
-    if not isinstance(layer, ColumnParallelLinear) or _has_own_forward(layer):
+    if not isinstance(layer, ColumnParallelLinear):
+        return None
+    if _has_own_forward(layer):
+        if isinstance(layer, MergedColumnParallelLinear):
+            _warn_of_own_forward(layer, packed_modules)
         return None
     modules = list(packed_modules) or [_name(layer)]
     notes = get_notes(layer)
@@ -76,7 +83,10 @@ def _plan_merged(layer: Any, packed_modules: Sequence[str], notes: LayerNotes) -
         # vLLM's own classes are exact here, unless the layer's own loader replicates an output.
         if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
             return None
-        outputs = read_outputs(layer)
+        try:
+            outputs = read_outputs(layer)
+        except LoaderError:
+            return None
         if all(output.rows == size for output, size in zip(outputs, sizes, strict=True)):
             return None
     groups = tables.outputs_by_module(_name(layer), modules, len(sizes))
@@ -124,12 +134,32 @@ def _has_own_forward(layer: Any) -> bool:
     """Return whether the layer's class computes something else than a column-parallel product."""
     if type(layer).__name__ in tables.SAME_PRODUCT:
         return False
-    # A platform can replace vLLM's class (0.19.0 on); its class computes the same product.
-    replacement = getattr(custom_op, "maybe_get_oot_by_class", lambda layer_class: layer_class)
+    # A platform can replace vLLM's class by its own, which computes the same product. vLLM's function
+    # that looks it up is missing in 0.17, and had another name in 0.18.
+    replacements = custom_op.op_registry_oot
     plain = (ColumnParallelLinear, MergedColumnParallelLinear)
     return type(layer).forward not in [
-        layer_class.forward for known in plain for layer_class in (known, replacement(known))
+        layer_class.forward
+        for known in plain
+        for layer_class in (known, replacements.get(known.__name__, known))
     ]
+
+
+def _warn_of_own_forward(layer: Any, packed_modules: Sequence[str]) -> None:
+    """Log that a layer which vLLM may serve in part is left to vLLM, once per class of layers."""
+    layer_class = type(layer)
+    outputs = len(list_shards(layer))
+    is_pair = outputs < 3 and len(packed_modules) in (0, outputs)
+    if is_pair or layer_class in _left_to_vllm:
+        return
+    _left_to_vllm.add(layer_class)
+    logger.warning(
+        "vllm-nway-lora leaves LoRA on %s to vLLM: its class %s.%s has a forward of its own. vLLM may "
+        "refuse or ignore an adapter on some of its modules.",
+        layer.prefix,
+        layer_class.__module__,
+        layer_class.__qualname__,
+    )
 
 
 def _name(layer: Any) -> str:

@@ -1,18 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of LoRA layer classes, with this package's classes first."""
+"""The LoRA layer classes of this package, which are asked before vLLM's."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+from vllm import platforms
 
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
 from vllm_nway_lora.models import step5
 
+_PARAMETERS = ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")
 
-def put_our_classes_first(lora_classes: Any) -> tuple[type, ...]:
-    """Return the table that replaces vLLM's ``_all_lora_classes``.
 
-    vLLM's ``from_layer`` uses the first class that claims a layer, so ours come first. Until 0.19.1
-    vLLM keeps the classes in a set, which has no order.
+def build_layer(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
+    """Return this package's LoRA layer for a layer that it serves, else vLLM's; wraps ``from_layer``.
+
+    vLLM asks the classes of its table ``_all_lora_classes`` in turn. The table is not changed: other
+    packages add classes to it and replace it, and until 0.19.1 it is a set, which has no order.
     """
-    return (NWayLinearWithLoRA, *step5.layer_classes(), *lora_classes)
+    given = dict(zip(_PARAMETERS, args, strict=False)) | kwargs
+    layer, model_config = given["layer"], given.get("model_config")
+    # tpu-inference shards a LoRA layer by its exact class, one of six of vLLM's.
+    is_asked = not platforms.current_platform.is_tpu()
+    for layer_class in layer_classes() if is_asked else ():
+        if layer_class.can_replace_layer(
+            source_layer=layer,
+            lora_config=given["lora_config"],
+            packed_modules_list=given["packed_modules_list"],
+            model_config=model_config,
+        ):
+            lora_layer = layer_class(layer)
+            lora_layer.create_lora_weights(given["max_loras"], given["lora_config"], model_config)
+            return lora_layer
+    return wrapped(*args, **kwargs)
+
+
+@functools.cache
+def layer_classes() -> tuple[Any, ...]:
+    """Return the LoRA layer classes of this package."""
+    return (NWayLinearWithLoRA, *step5.layer_classes())

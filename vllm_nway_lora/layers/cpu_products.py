@@ -43,6 +43,10 @@ class GroupedPunica:
     def __init__(self, punica_wrapper: Any) -> None:
         self._wrapper = punica_wrapper
 
+    def __getattr__(self, name: str) -> Any:
+        """Return any other attribute of vLLM's wrapper."""
+        return getattr(object.__getattribute__(self, "_wrapper"), name)
+
     def add_lora_linear(
         self,
         y: torch.Tensor,

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vllm.config import get_current_vllm_config_or_none
+
 from vllm_nway_lora.rows.notes import set_notes
 from vllm_nway_lora.rows.plan import PlanError
 
@@ -19,13 +21,18 @@ from vllm_nway_lora.rows.plan import PlanError
 def save_weight_loader(wrapped: Callable[..., None], mixer: Any, args: Any, kwargs: Any) -> None:
     """Build the mixer, then note the weight loader of its ``in_proj``; wraps its ``__init__``.
 
-    Quantisation and CPU packing drop the parameter that carries the loader.
+    Quantisation and CPU packing drop the parameter that carries the loader. Without LoRA nothing is
+    noted. A weight-only quantised ``in_proj`` has no ``weight``, and no loader is noted either.
     """
     wrapped(*args, **kwargs)
-    loader = getattr(mixer.in_proj.weight, "weight_loader", None)
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None or vllm_config.lora_config is None:
+        return
+    layer = getattr(mixer, "in_proj", None)
+    loader = getattr(getattr(layer, "weight", None), "weight_loader", None)
     # The layer's own method needs no note: it is found again on the class.
-    if loader is not None and getattr(loader, "__self__", None) is not mixer.in_proj:
-        set_notes(mixer.in_proj, weight_loader=loader)
+    if loader is not None and getattr(loader, "__self__", None) is not layer:
+        set_notes(layer, weight_loader=loader)
 
 
 def loader_for_rank(layer: Any, loader: Callable[..., None], rank: int) -> Callable[..., None]:

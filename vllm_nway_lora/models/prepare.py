@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm_nway_lora.models import k2_horizon, llama4, muse_spark, tables
 from vllm_nway_lora.models.mapping import complete_mapping
 from vllm_nway_lora.rows.notes import set_notes
+
+logger = logging.getLogger("vllm.nway_lora")
 
 
 def prepare_and_map(
@@ -33,7 +36,15 @@ def prepare_model(model: nn.Module) -> None:
     mark_unsupported_modules(model)
     disable_fused_kernels(model)
     for model_file in (k2_horizon, llama4, muse_spark):
-        model_file.prepare(model)
+        try:
+            model_file.prepare(model)
+        except AttributeError as error:  # from a class of another package with the same name
+            logger.warning(
+                "vllm-nway-lora cannot read the row order of %s (%s). vLLM places the rows of adapters "
+                "on its fused projections.",
+                type(model).__name__,
+                error,
+            )
 
 
 def add_renames(model: nn.Module) -> None:

@@ -47,6 +47,12 @@ UNUSABLE: Mapping[str, frozenset[str]] = {
 MISNAMED: Mapping[str, tuple[list[str], list[str]]] = {
     # model_executor/models/bamba.py until 0.23.0: its load_weights loads gate and up.
     "gate_up_proj": (["up_proj", "down_proj"], ["gate_proj", "up_proj"]),
+    # A workaround for "fewer-modules-than-outputs" that users and frameworks apply to Qwen3.5's class
+    # (vllm-project/vllm#36372). PEFT's adapters have the modules of the checkpoint.
+    "in_proj_qkvz": (
+        ["in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"],
+        ["in_proj_qkv", "in_proj_z"],
+    ),
 }
 
 #: Model class -> parts of module names that it renames only when it loads weights. The names in

@@ -20,6 +20,10 @@ from vllm_nway_lora.rows.notes import get_notes
 from vllm_nway_lora.rows.plan import Output, PlanError
 
 
+class LoaderError(PlanError):
+    """A weight loader that does not run on row numbers."""
+
+
 def read_outputs(layer: Any) -> list[Output]:
     """Return the place of each output's rows on this layer's rank, as its weight loader places them.
 
@@ -31,6 +35,7 @@ def read_outputs(layer: Any) -> list[Output]:
             in its notes.
 
     Raises:
+        LoaderError: the loader fails.
         PlanError: the ranks together do not hold every row of an output from its first to its last.
     """
 
@@ -77,6 +82,7 @@ def read_whole(layer: Any, loader_for_rank: Callable[[int], Callable[..., None]]
         loader_for_rank: returns the weight loader of a tensor-parallel rank.
 
     Raises:
+        LoaderError: as :func:`read_outputs`.
         PlanError: as :func:`read_outputs`, or as ``loader_for_rank``.
     """
     return _read(
@@ -109,5 +115,12 @@ def _load_indices(
         requires_grad=False,
     )
     column.output_dim, column.input_dim = 0, 1
-    load(rank, column, rows.to("cpu").unsqueeze(1))
+    try:
+        load(rank, column, rows.to("cpu").unsqueeze(1))
+    except PlanError:
+        raise
+    except Exception as error:  # any class of layers, also of other packages
+        raise LoaderError(
+            f"{layer.prefix}: its weight loader fails on row numbers ({type(error).__name__}: {error})"
+        ) from error
     return column.data.squeeze(1)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attributes of vLLM that this package uses, beside the targets of its patches.
+
+``tests/compat/test_needs.py`` compares this table with the package's own sources. An untested release
+that lacks one of them is left unchanged (:mod:`vllm_nway_lora.compat.registration`).
+"""
+
+from __future__ import annotations
+
+from vllm_nway_lora.compat.patching import Need
+
+_LORA = "vllm.lora"
+_LAYERS = "vllm.lora.layers"
+_LINEAR = "vllm.model_executor.layers.linear"
+_ENGINE = "vllm.v1.engine"
+
+
+def _of(module: str, owner: str, *attributes: str) -> tuple[Need, ...]:
+    """Return the needs of a class of ``module``, or of the module itself if ``owner`` is empty."""
+    return tuple(Need(module, f"{owner}.{name}" if owner else name) for name in attributes)
+
+
+NEEDS = (
+    # Adapters, and the manager of a worker's layers and slots.
+    *_of(
+        f"{_LORA}.worker_manager",
+        "WorkerLoRAManager",
+        *("_adapter_manager", "_load_adapter", "list_adapters", "remove_adapter"),
+    ),
+    *_of(
+        f"{_LORA}.model_manager",
+        "LoRAModelManager",
+        *("_get_lora_layer_weights", "_get_punica_wrapper", "_is_non_gated_moe", "_last_mapping"),
+        *("list_adapters", "lora_config", "lora_slots", "model", "modules", "packed_modules"),
+        *("packed_modules_mapping", "remove_adapter", "supports_mm"),
+    ),
+    *_of(f"{_LORA}.lora_model", "LoRAModel", "id", "loras"),
+    *_of(f"{_LORA}.lora_weights", "LoRALayerWeights", "lora_a", "lora_b", "rank", "scaling"),
+    *_of(f"{_LORA}.peft_helper", "PEFTHelper", "modules_to_save"),
+    *_of(
+        f"{_LORA}.request",
+        "LoRARequest",
+        *("load_inplace", "lora_int_id", "lora_name", "lora_path"),
+    ),
+    *_of(f"{_LORA}.utils", "", "parse_fine_tuned_lora_name"),
+    *_of(
+        "vllm.config.lora",
+        "LoRAConfig",
+        *("fully_sharded_loras", "lora_dtype", "max_cpu_loras", "max_lora_rank", "max_loras"),
+    ),
+    # LoRA layers.
+    *_of(f"{_LAYERS}.base", "BaseLayerWithLoRA", "can_replace_layer", "create_lora_weights"),
+    *_of(
+        f"{_LAYERS}.base_linear",
+        "BaseLinearLayerWithLoRA",
+        *("base_layer", "device", "input_size", "lora_a_stacked", "lora_b_stacked"),
+        *("output_slices", "set_mapping", "tp_rank", "tp_size"),
+    ),
+    *_of(f"{_LAYERS}.column_parallel_linear", "ColumnParallelLinearWithLoRA", "n_slices"),
+    *_of(f"{_LAYERS}.fused_moe", "FusedMoEWithLoRA", "w13_lora_a_stacked"),
+    *_of(f"{_LAYERS}.logits_processor", "LogitsProcessorWithLoRA", "base_layer", "hidden_size"),
+    *_of(
+        _LAYERS,
+        "",
+        *("FusedMoE3DWithLoRA", "FusedMoEWithLoRA", "LogitsProcessorWithLoRA"),
+        *("MergedColumnParallelLinearWithLoRA", "VocabParallelEmbeddingWithLoRA"),
+    ),
+    # Base layers and their weight loaders.
+    *_of(_LINEAR, "LinearBase", "input_size", "output_size", "prefix", "tp_rank", "tp_size"),
+    *_of(_LINEAR, "ColumnParallelLinear", "output_size_per_partition", "weight_loader"),
+    *_of(_LINEAR, "MergedColumnParallelLinear", "output_sizes"),
+    *_of(
+        _LINEAR,
+        "QKVParallelLinear",
+        *("head_size", "total_num_heads", "total_num_kv_heads", "v_head_size", "weight_loader"),
+    ),
+    *_of("vllm.model_executor.parameter", "_ColumnvLLMParameter", "output_dim"),
+    *_of("vllm.model_executor.parameter", "RowvLLMParameter", "input_dim"),
+    *_of(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbedding",
+        *("embedding_dim", "org_vocab_size"),
+    ),
+    *_of("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "vocab_size"),
+    *_of("vllm.model_executor.custom_op", "", "op_registry_oot"),
+    *_of("vllm.model_executor.models.utils", "WeightsMapper", "__or__", "orig_to_new_substr"),
+    *_of("vllm.distributed", "", "get_tensor_model_parallel_world_size"),
+    *_of("vllm.distributed.utils", "", "divide"),
+    *_of("vllm.config", "", "get_current_vllm_config_or_none"),
+    *_of("vllm.config", "VllmConfig", "lora_config", "parallel_config"),
+    *_of("vllm.envs", "", "environment_variables"),
+    *_of("vllm.platforms", "", "current_platform"),
+    *_of("vllm.platforms.interface", "Platform", "is_tpu"),
+    *_of("vllm.model_executor.layers.mamba.mamba_mixer2", "MambaMixer2", "in_proj"),
+    # The engine core, its workers and its callers.
+    *_of(f"{_ENGINE}.core", "EngineCore", "abort_requests", "model_executor", "scheduler"),
+    *_of(f"{_ENGINE}.core", "EngineCore", "request_block_hasher", "vllm_config"),
+    *_of(f"{_ENGINE}.core", "EngineCoreProc", "output_queue"),
+    *_of(
+        _ENGINE,
+        "EngineCoreOutput",
+        *("finish_reason", "new_token_ids", "request_id", "stop_reason"),
+    ),
+    *_of(_ENGINE, "EngineCoreOutputs", "finished_requests", "outputs"),
+    *_of(_ENGINE, "FinishReason", "ERROR"),
+    *_of(f"{_ENGINE}.async_llm", "", "InputStreamError"),
+    *_of(f"{_ENGINE}.llm_engine", "LLMEngine", "abort_request", "output_processor"),
+    *_of(f"{_ENGINE}.output_processor", "OutputProcessor", "abort_requests", "request_states"),
+    *_of(f"{_ENGINE}.output_processor", "RequestState", "queue"),
+    *_of(f"{_ENGINE}.output_processor", "RequestOutputCollector", "put"),
+    *_of("vllm.entrypoints.llm", "LLM", "llm_engine"),
+    *_of(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        *("lora_config", "max_num_running_reqs", "running", "waiting"),
+    ),
+    *_of(
+        "vllm.v1.request",
+        "Request",
+        *("block_hashes", "client_index", "lora_request", "request_id"),
+    ),
+    *_of("vllm.v1.executor.abstract", "Executor", "collective_rpc", "shutdown", "vllm_config"),
+    *_of("vllm.v1.worker.gpu_worker", "Worker", "add_lora", "model_runner"),
+    *_of("vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin", "lora_manager"),
+    # The API server.
+    *_of(
+        "vllm.entrypoints.openai.models.serving",
+        "OpenAIServingModels",
+        *("engine_client", "lora_requests"),
+    ),
+    *_of(f"{_ENGINE}.async_llm", "AsyncLLM", "add_lora", "remove_lora", "vllm_config"),
+    *_of("vllm.config.parallel", "ParallelConfig", "data_parallel_size"),
+)
+
+#: Attributes that older releases lack, and without which the package goes on as for these releases.
+#: A release after the newest known one must have them: there, a missing one has another name.
+RECENT = (
+    *_of(
+        f"{_LORA}.model_manager",
+        "LoRAModelManager",
+        *("_enable_mixed_moe_lora_format", "_enable_moe_shared_loras"),
+        "_restrict_to_local_experts",
+    ),
+    *_of(f"{_LORA}.lora_model", "LoRAModel", "is_3d_lora_weight"),
+    *_of(f"{_LAYERS}.fused_moe", "FusedMoEWithLoRA", "global_num_experts"),
+    *_of("vllm.config.lora", "LoRAConfig", "target_modules"),
+)
+
+_STEP5 = "vllm.models.step5.nvidia.model"
+
+#: Attributes of classes and modules that a release can lack: needed where the class or module exists.
+OF_OPTIONAL_OWNERS = (
+    *_of(
+        f"{_LORA}.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU",
+        *("add_expand", "add_lora_linear", "add_shrink", "token_lora_indices"),
+    ),
+    *_of(
+        "vllm.model_executor.models.llama4",
+        "Llama4Attention",
+        *("head_dim", "qkv_proj", "total_num_heads", "total_num_kv_heads"),
+    ),
+    *(
+        need
+        for name in ("K2HorizonAttention", "K2HorizonMoVAAttention")
+        for need in _of(
+            "vllm.model_executor.models.k2_horizon",
+            name,
+            *("fold_rope_weights", "head_dim", "rope_head_dim", "total_num_heads"),
+            *("total_num_kv_heads", "tp_size"),
+        )
+    ),
+    *_of("vllm.model_executor.models.k2_horizon", "K2HorizonMoVAAttention", "v_experts"),
+    *_of(
+        "vllm.models.muse_spark.common.layers",
+        "MuseSpark1xQKVOGateParallelLinear",
+        *("head_size", "num_heads", "num_kv_heads", "tp_size"),
+    ),
+    *_of(
+        _STEP5,
+        "Step5FusedQKVIndexerLinear",
+        *("head_size", "index_kv_head_replicas", "input_size", "local_gate_size"),
+        *("local_index_k_size", "proxy_dim", "total_num_heads", "total_num_kv_heads", "tp_size"),
+    ),
+    *_of(_STEP5, "Step5SparseIndexerIndexTPLinear", "input_size", "output_size"),
+    *_of("vllm.model_executor.models.k2_horizon", "", "_rope_weight_perm"),
+    *_of(
+        "vllm.model_executor.models.lfm2_vl",
+        "Lfm2VLForConditionalGeneration",
+        *("hf_to_vllm_mapper", "packed_modules_mapping"),
+    ),
+    *_of("vllm.models.qwen4_exp.nvidia.hyperconnection", "GatedResidual", "_use_hc_down_silu"),
+)
