@@ -15,6 +15,11 @@ from support.tiny import PREFIX, RANK, SHAPES
 
 LAYER = f"{PREFIX}model.layers.0."
 Q, Z, ROUTER = (LAYER + m for m in ("self_attn.q_proj", "linear_attn.in_proj_z", "mlp.router"))
+INPUT, HEAD, EMBED = (
+    f"{LAYER}mlp.input_linear",
+    f"{PREFIX}lm_head",
+    f"{PREFIX}model.embed_tokens.lora_embedding_",
+)
 A, B = ".lora_A.weight", ".lora_B.weight"
 
 Tensors = dict[str, torch.Tensor]
@@ -63,6 +68,11 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] =
     "too many rows": ({Q + B: ones(64, RANK)}, {}, "LoRA-B (32, r), found (4, 32) and (64, 4)"),
     "too few rows, N-way": ({Z + B: ones(31, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)"),
     "half the rows, N-way": ({Z + B: ones(16, RANK)}, {}, "module in_proj_z of in_proj_qkvz: expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (16, 4)"),
+    "no rows": ({Q + B: ones(0, RANK)}, {}, "LoRA-B (32, r), found (4, 32) and (0, 4)"),
+    "one module of two outputs": ({INPUT + B: ones(24, RANK)}, {}, "expected LoRA-A (r, 32) and LoRA-B (48, r), found (4, 32) and (24, 4)"),
+    "embedding": ({EMBED + "B": ones(31, RANK)}, {}, "module model.embed_tokens (layer model.embed_tokens, VocabParallelEmbedding): expected LoRA-A (r, 64) and LoRA-B (32, r), found (4, 64) and (31, 4)"),
+    "lm_head, too few rows": ({HEAD + B: ones(63, RANK)}, {}, "expected LoRA-A (r, 32) and LoRA-B (64, r), found (4, 32) and (63, 4)"),
+    "lm_head, too few columns": ({HEAD + A: ones(RANK, 31)}, {}, "expected LoRA-A (r, 32) and LoRA-B (64, r), found (4, 31) and (64, 4)"),
     "too few columns": ({ROUTER + A: ones(RANK, 31)}, {}, "ReplicatedLinear): expected LoRA-A (r, 32)"),
     "ranks differ": ({Q + A: ones(3, 32)}, {}, "the ranks of LoRA-A (3, 32) and LoRA-B (32, 4) differ"),
     "another rank than configured": (pair(Q, 32, 32, rank=2), {}, "adapter_config.json says rank 4, found LoRA-A (2, 32)"),
@@ -136,94 +146,35 @@ def test_mutations_are_exact_or_refused(
         assert not attempt.error or attempt.error.startswith("AdapterError: LoRA adapter 'mutant'")
 
 
-class TestExemptions:
-    def test_other_pipeline_ranks_and_skipped_prefixes(self, ranks: Ranks, tmp_path: Path) -> None:
-        elsewhere = pair(f"{PREFIX}model.layers.2.mlp.down_proj", 48, 32)
-        skipped = pair(f"{PREFIX}mtp.layers.0.mlp.down_proj", 48, 32)
-        folder = tiny.save(tmp_path / "a", tiny.tensors(0) | elsewhere | skipped)
-        ranks.run(manager.start)
-        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-        assert all(ranks.run(manager.is_exact, 1, folder))
-
-    def test_target_modules(self, ranks: Ranks, tmp_path: Path) -> None:
-        if not has_target_modules():
-            pytest.skip("this release has no target_modules")
-        folder = tiny.save(tmp_path / "a", tiny.tensors(0))
-        ranks.run(manager.start, target_modules=["qkv_proj", "o_proj"])
-        ranks.run(manager.said, logging.WARNING)
-        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-        for [warning] in ranks.run(manager.said, logging.WARNING):
-            assert "is served without" in warning
-            assert "model.layers.1.mlp.down_proj, " in warning
-            assert "--lora-target-modules does not name them" in warning
-            assert "q_proj" not in warning
-
-    def test_towers_without_lora(self, ranks: Ranks, tmp_path: Path) -> None:
-        tower = pair(f"{PREFIX}visual.attn.proj", 32, 32)
-        language = tiny.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
-        ranks.run(manager.start, multimodal=True)
-        ranks.run(manager.said, logging.WARNING)
-        folder = tiny.save(tmp_path / "a", language | tower)
-        assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-        for [warning] in ranks.run(manager.said, logging.WARNING):
-            assert (
-                "is served without visual.attn.proj: this server has no LoRA on that part"
-                in warning
-            )
-        nowhere = pair(f"{PREFIX}visual.other.proj", 32, 32)
-        folder = tiny.save(tmp_path / "b", language | nowhere)
-        for error in ranks.run(manager.add, "b", 2, folder):
-            assert "module visual.other.proj: this model has no such layer" in error
+def test_workaround_for_qwen3_5_serves_adapters_of_peft(ranks: Ranks, tmp_path: Path) -> None:
+    """ART and older prime-rl change the mapping of Qwen3.5's class (vllm-project/vllm#36372)."""
+    packed = {"in_proj_qkvz": ["in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z"]}
+    ranks.run(manager.start, packed=packed)
+    for number, names in enumerate(["in_proj", "in_proj_qkv", "in_proj_z"], start=1):
+        tensors = tiny.tensors(number, [module for module in SHAPES if names in module])
+        folder = tiny.save(tmp_path / names, tensors)
+        assert ranks.run(manager.add, names, number, folder) == [""] * ranks.size
+        assert all(ranks.run(manager.is_exact, number, folder))
 
 
-def test_adapter_on_fused_layer_that_vllm_does_not_wrap_is_refused(
-    ranks: Ranks, tmp_path: Path
-) -> None:
-    try:
-        wrapped = ranks.run(manager.start, unwrappable=True)
-    except RuntimeError as error:
-        assert "must be a BaseLayerWithLoRA" in str(error)  # until 0.19.1 the engine does not start
-        return
-    folder = tiny.save(tmp_path / "a", tiny.tensors(0))
-    assert any("gate_up_proj" in name for name in wrapped[0]) == (ranks.size == 1)
-    if ranks.size == 1:  # vLLM wraps the subclass where it is not sharded
-        assert ranks.run(manager.add, "a", 1, folder) == [""]
-        assert all(ranks.run(manager.is_exact, 1, folder))
-        return
-    for error in ranks.run(manager.add, "a", 1, folder):
-        assert (
-            "module model.layers.0.mlp.gate_proj: vLLM would ignore it, because its layer "
-            "model.layers.0.mlp.gate_up_proj (GateUp) takes no LoRA"
-        ) in error
-        assert "VLLM_NWAY_LORA=lenient serves adapters without" in error
-
-
-def test_lenient_mode_serves_the_rest_and_logs_what_it_drops(ranks: Ranks, tmp_path: Path) -> None:
-    extra = pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32)
-    folder = tiny.save(tmp_path / "a", tiny.tensors(0) | extra)
-    ranks.run(manager.start, mode="lenient")
-    ranks.run(manager.said, logging.WARNING)
-    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
-    for [warning] in ranks.run(manager.said, logging.WARNING):
-        assert (
-            "served without part of it, because VLLM_NWAY_LORA=lenient: module model.layers.7."
-            in (warning)
-        )
-    # A module that has a layer must still fit it.
-    folder = tiny.save(tmp_path / "b", tiny.tensors(0) | {Q + B: ones(31, RANK)})
-    for error in ranks.run(manager.add, "b", 2, folder):
-        assert "expected LoRA-A (r, 32) and LoRA-B (32, r), found (4, 32) and (31, 4)" in error
-
-
-def test_refused_replacement_leaves_the_old_adapter(ranks: Ranks, tmp_path: Path) -> None:
-    good = tiny.save(tmp_path / "good", tiny.tensors(0))
-    bad = tiny.save(tmp_path / "bad", tiny.tensors(1) | {Z + B: ones(16, RANK)})
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_bias_in_the_configuration_alone_is_served(ranks: Ranks, tmp_path: Path, bias: str) -> None:
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0), tiny.config(bias=bias))
     ranks.run(manager.start)
-    assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
-    assert all(
-        "found (4, 32) and (16, 4)" in error for error in ranks.run(manager.add, "a", 1, bad, True)
-    )
-    assert all(ranks.run(manager.is_exact, 1, good))
+    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+    assert all(ranks.run(manager.is_exact, 1, folder))
+    name = f"{Q}.bias"
+    folder = tiny.save(tmp_path / "b", tiny.tensors(0) | {name: ones(32)}, tiny.config(bias=bias))
+    for error in ranks.run(manager.add, "b", 2, folder):
+        assert "self_attn.q_proj.bias" in error
+
+
+def test_rank_equal_to_the_limit_is_exact(ranks: Ranks, tmp_path: Path) -> None:
+    tensors = tiny.tensors(0, rank=tiny.MAX_RANK)
+    folder = tiny.save(tmp_path / "a", tensors, tiny.config(r=tiny.MAX_RANK))
+    ranks.run(manager.start)
+    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+    assert all(ranks.run(manager.is_exact, 1, folder))
 
 
 #: Modules that vLLM's own classes serve exactly, so that a test depends on one defect only.
@@ -254,9 +205,3 @@ class TestStock:
         assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
         assert all(ranks.run(manager.add, "a", 1, bad, True))
         assert not any(ranks.run(manager.has, 1))
-
-
-def has_target_modules() -> bool:
-    from vllm.config.lora import LoRAConfig
-
-    return "target_modules" in LoRAConfig.__dataclass_fields__

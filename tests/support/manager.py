@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +12,16 @@ from typing import Any
 
 import torch
 
+from support import roads
 from support.tiny import MAX_LORAS, MAX_RANK, PARTS, SHAPES, VOCAB, build, read_deltas
 
 
 class Rank:
-    """One TP rank's model and its ``LRUCacheWorkerLoRAManager``."""
+    """One TP rank's model and its ``LRUCacheWorkerLoRAManager``.
+
+    Attributes:
+        road: how adapters get into it, one of :data:`support.roads.ALL`.
+    """
 
     def __init__(
         self,
@@ -25,23 +30,38 @@ class Rank:
         fully_sharded: bool = False,
         multimodal: bool = False,
         unwrappable: bool = False,
+        kv_shared: bool = False,
         target_modules: list[str] | None = None,
+        max_cpu_loras: int = MAX_LORAS,
+        packed: Mapping[str, list[str]] | None = None,
+        road: str = "files",
     ) -> None:
+        import vllm.lora.worker_manager
         from vllm.config.lora import LoRAConfig
-        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         import vllm_nway_lora
         from vllm_nway_lora.compat import registration
 
+        global _replacements
+        if _replacements is None:
+            _replacements = roads.Replacements()
         vllm_nway_lora.unregister()
+        _replacements.restore()
+        replace_classes = _replacements.build_classes()
+        if road == "classes before":
+            replace_classes()
+        if road == "method before":
+            _replacements.replace_method()
         os.environ["VLLM_NWAY_LORA"] = mode
         vllm_nway_lora.register()
         assert bool(registration.applied()) == (mode != "0")
+        if road == "classes after":
+            replace_classes()
         options = {} if target_modules is None else {"target_modules": target_modules}
         lora_config = LoRAConfig(
             max_lora_rank=MAX_RANK,
             max_loras=MAX_LORAS,
-            max_cpu_loras=MAX_LORAS,
+            max_cpu_loras=max_cpu_loras,
             fully_sharded_loras=fully_sharded,
             lora_dtype=torch.float32,
             **options,
@@ -60,24 +80,43 @@ class Rank:
             lora_config=lora_config,
             parallel_config=SimpleNamespace(enable_expert_parallel=False),
         )
-        model = build(multimodal, unwrappable)
-        self.worker_manager = LRUCacheWorkerLoRAManager(
+        model = build(multimodal, unwrappable, kv_shared)
+        model.packed_modules_mapping = {**model.packed_modules_mapping, **(packed or {})}
+        self.worker_manager = vllm.lora.worker_manager.LRUCacheWorkerLoRAManager(
             vllm_config, torch.device("cpu"), model.embedding_modules
         )
         self.worker_manager.create_lora_manager(model, vllm_config)
         self.manager = self.worker_manager._adapter_manager
+        self.road = road
+        if road == "method after":
+            _replacements.replace_method()
 
     def add(self, name: str, number: int, folder: Path, *, inplace: bool = False) -> str:
-        """Add an adapter as a worker does; return the error's class and text, or an empty string."""
-        from vllm.lora.request import LoRARequest
-
+        """Add an adapter by ``road``; return the error's class and text, or an empty string."""
         try:
-            self.worker_manager.add_adapter(
-                LoRARequest(name, number, str(folder), load_inplace=inplace)
-            )
+            self._add(name, number, folder, inplace)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
+
+    def _add(self, name: str, number: int, folder: Path, inplace: bool) -> None:
+        request = self.request(name, number, folder, inplace=inplace)
+        if self.road not in roads.BY_MANAGER:
+            self.worker_manager.add_adapter(request)
+            return
+        if inplace:
+            self.manager.remove_adapter(number)
+        getattr(self.manager, self.road)(roads.load_from_memory(self.worker_manager, request))
+        self.manager.activate_adapter(number)
+
+    def request(self, name: str, number: int, folder: Path, *, inplace: bool = False) -> Any:
+        """Return a request as ``road`` has it: with a path, or with tensors."""
+        from vllm.lora.request import LoRARequest
+
+        if self.road == "files":
+            return LoRARequest(name, number, str(folder), load_inplace=inplace)
+        fields = {} if self.road.startswith("classes") else {"load_inplace": inplace}
+        return roads.request(name, number, folder, **fields)
 
     def buffers(self) -> list[torch.Tensor]:
         """Return copies of the stacked tensors of all layers."""
@@ -88,10 +127,11 @@ class Rank:
             for tensor in (stack if isinstance(stack, tuple) else (stack,))
         ]
 
-    def is_exact(self, number: int, folder: Path) -> bool:
+    def is_exact(self, number: int, folder: Path, unused: Sequence[str] = ()) -> bool:
         """Return True if an adapter's slots equal its files.
 
         The expected tensors are the files' deltas, loaded by the base layers' own weight loaders.
+        ``unused`` ends the names of modules that the model does not use.
         """
         slot = self.manager.lora_index_to_id.index(number)
         deltas = read_deltas(folder)
@@ -101,7 +141,9 @@ class Rank:
                 deltas.pop(module)
             if not torch.allclose(_compute_delta(layer, slot), expected, rtol=1e-5, atol=1e-5):
                 return False
-        return not deltas
+        return not any(
+            delta.any() for module, delta in deltas.items() if not module.endswith(tuple(unused))
+        )
 
     def _load_expected(
         self, name: str, layer: Any, deltas: Mapping[str, torch.Tensor]
@@ -137,6 +179,7 @@ def _compute_delta(layer: Any, slot: int) -> torch.Tensor:
 
 
 _rank: Rank
+_replacements: roads.Replacements | None = None
 _messages: list[tuple[int, str]] = []
 
 
@@ -156,14 +199,29 @@ def start(**options: Any) -> list[str]:
     return list(_rank.manager.modules)
 
 
+def get_rank() -> Rank:
+    """Return this process's TP rank."""
+    return _rank
+
+
 def add(name: str, number: int, folder: Path, inplace: bool = False) -> str:
     """Add an adapter on this process's TP rank; return the error, or an empty string."""
     return _rank.add(name, number, folder, inplace=inplace)
 
 
 def has(number: int) -> bool:
-    """Return True if this process's TP rank has an adapter."""
-    return number in _rank.worker_manager.list_adapters()
+    """Return True if this process's TP rank has an adapter, or a slot for one."""
+    manager = _rank.manager
+    return (
+        number in manager.list_adapters()
+        or number in manager.lora_index_to_id
+        or number in manager._active_adapters
+    )
+
+
+def resident() -> list[int]:
+    """Return the ids of the adapters on this process's TP rank."""
+    return sorted(_rank.manager.list_adapters())
 
 
 def said(level: int) -> list[str]:
@@ -173,9 +231,9 @@ def said(level: int) -> list[str]:
     return lines
 
 
-def is_exact(number: int, folder: Path) -> bool:
+def is_exact(number: int, folder: Path, unused: Sequence[str] = ()) -> bool:
     """Return True if an adapter's slots on this process's TP rank equal its files."""
-    return _rank.is_exact(number, folder)
+    return _rank.is_exact(number, folder, unused)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ SHAPES = {
             "mlp.up_proj": (HIDDEN, INTERMEDIATE),
             "mlp.down_proj": (INTERMEDIATE, HIDDEN),
             "mlp.router": (HIDDEN, 6),
+            "mlp.input_linear": (HIDDEN, 48),
         }.items()
     },
 }
@@ -51,7 +52,9 @@ PARTS = {
 }
 
 
-def tensors(seed: int, modules: Sequence[str] = tuple(SHAPES)) -> dict[str, torch.Tensor]:
+def tensors(
+    seed: int, modules: Sequence[str] = tuple(SHAPES), rank: int = RANK
+) -> dict[str, torch.Tensor]:
     """Return a good adapter's tensors under PEFT's names; small integers, so that sums are exact."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -66,8 +69,8 @@ def tensors(seed: int, modules: Sequence[str] = tuple(SHAPES)) -> dict[str, torc
             if module.endswith("embed_tokens")
             else ("lora_A.weight", "lora_B.weight")
         )
-        made[f"{PREFIX}{module}.{a}"] = integers(RANK, columns)
-        made[f"{PREFIX}{module}.{b}"] = integers(rows, RANK)
+        made[f"{PREFIX}{module}.{a}"] = integers(rank, columns)
+        made[f"{PREFIX}{module}.{b}"] = integers(rows, rank)
     return made
 
 
@@ -117,7 +120,7 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
     halves: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in values.items():
         module, lora, half = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if lora and not module.startswith(("mtp.", "model.layers.2")):
+        if lora and not module.startswith(("mtp.", "model.layers.2", "audio.")):
             halves.setdefault(module, {})[half[-1]] = value.float()
     deltas = {}
     for module, pair in halves.items():
@@ -134,15 +137,18 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
     return deltas
 
 
-def build(multimodal: bool, unwrappable: bool) -> Any:
+def build(multimodal: bool, unwrappable: bool, kv_shared: bool) -> Any:
     """Build the model.
 
     Args:
-        multimodal: True to add a vision tower and to declare the model multimodal.
+        multimodal: True to add a vision tower, and an audio tower that this server runs without, and
+            to declare the model multimodal.
+        kv_shared: True to have the second layer use the keys and values of the first.
         unwrappable: True to build ``gate_up_proj`` from a class with its own ``forward``.
     """
     from torch import nn
     from vllm.model_executor.layers.linear import (
+        ColumnParallelLinear,
         MergedColumnParallelLinear,
         QKVParallelLinear,
         ReplicatedLinear,
@@ -155,7 +161,7 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
     )
     from vllm.model_executor.models.interfaces import SupportsLoRA
     from vllm.model_executor.models.module_mapping import MultiModelKeys
-    from vllm.model_executor.models.utils import PPMissingLayer
+    from vllm.model_executor.models.utils import PPMissingLayer, StageMissingLayer
 
     class GateUp(MergedColumnParallelLinear):
         """A layer with its own ``forward``; the plugin never wraps it, vLLM only if not sharded."""
@@ -193,6 +199,11 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
                 ),
                 down_proj=RowParallelLinear(INTERMEDIATE, HIDDEN, bias=False, params_dtype=f32),
                 router=ReplicatedLinear(HIDDEN, 6, bias=False, params_dtype=f32),
+                # Two outputs, and one module in a checkpoint.
+                input_linear=MergedColumnParallelLinear(
+                    HIDDEN, [24, 24], bias=False, params_dtype=f32,
+                    prefix=f"{prefix}.mlp.input_linear",
+                ),
             ),
         )  # fmt: skip
 
@@ -201,6 +212,7 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
             "in_proj_qkvz": ["in_proj_qkv", "in_proj_z"],
             "qkv_proj": ["q_proj", "k_proj", "v_proj"],
             "gate_up_proj": ["gate_proj", "up_proj"],
+            "input_linear": ["input_linear"],
         }
         embedding_modules: ClassVar = {
             "embed_tokens": "input_embeddings",
@@ -227,9 +239,20 @@ def build(multimodal: bool, unwrappable: bool) -> Any:
         # The third layer belongs to another pipeline rank.
         layers=nn.ModuleList([*blocks, PPMissingLayer()]),
     )
+    if kv_shared:
+        blocks[1].self_attn = group(
+            q_proj=ColumnParallelLinear(
+                HIDDEN, HEADS * HEAD, bias=False, params_dtype=torch.float32
+            ),
+            o_proj=blocks[1].self_attn.o_proj,
+            attn=nn.Module(),
+        )
+        # The attribute of vLLM's `Attention`, 0.17.0 to 0.33.0.
+        blocks[1].self_attn.attn.kv_sharing_target_layer_name = "model.layers.0.self_attn.attn"
     model.lm_head = ParallelLMHead(VOCAB, HIDDEN, params_dtype=torch.float32)
     model.logits_processor = LogitsProcessor(VOCAB)
     if multimodal:
+        model.audio = StageMissingLayer("audio")
         model.visual = group(
             attn=group(
                 proj=ReplicatedLinear(HIDDEN, HIDDEN, bias=False, params_dtype=torch.float32)

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Admit an adapter whole, or refuse it, before vLLM makes room for it.
 
-The checks run within ``WorkerLoRAManager._load_adapter``. In every release from 0.17.0 to 0.33.0 that
-method returns before anything is evicted, packed or written, so a refusal has no side effect.
+:mod:`vllm_nway_lora.adapters.roads` calls :func:`admit` on every way into vLLM's LoRA manager.
 """
 
 from __future__ import annotations
@@ -16,67 +15,73 @@ import vllm
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.adapters.errors import AdapterError
-from vllm_nway_lora.adapters.fit import validate_layer, validate_pair, weights_for_layer
-from vllm_nway_lora.adapters.prepared import get_prepared
+from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
 from vllm_nway_lora.adapters.unmatched import sort_unmatched
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
+from vllm_nway_lora.rows.pairs import find_pair_fault
 
 logger = logging.getLogger("vllm.nway_lora")
 
-#: The number of faults that an error spells out.
+_ADMITTED_BY = "_nway_lora_admitted_by"
+
+#: The number of faults, and of modules per fault, that an error spells out.
 _SPELLED_OUT = 5
 
 
-def load_adapter(wrapped: Any, worker_manager: Any, args: Any, kwargs: Any) -> Any:
-    """Load an adapter and admit it whole, or refuse it; wraps ``WorkerLoRAManager._load_adapter``.
+def admit(manager: Any, adapter: Any, label: str) -> None:
+    """Admit an adapter whole, or refuse it. An adapter is examined once.
+
+    Args:
+        manager: the rank's ``LoRAModelManager``.
+        adapter: the ``LoRAModel``, loaded and not packed yet.
+        label: the adapter's name in messages.
 
     Raises:
-        AdapterError: the adapter cannot be loaded, or one of its tensors cannot be applied exactly.
+        AdapterError: one of its tensors cannot be applied exactly, or nothing of it is applied.
     """
-    request = args[0] if args else kwargs["lora_request"]
-    prepared = get_prepared(worker_manager, request)
-    if prepared is not None:
-        return prepared
-    try:
-        adapter = wrapped(*args, **kwargs)
-    except Exception as error:
-        # vLLM's own texts stay whole: its server recognises "not found" by them.
-        text = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
-        raise AdapterError(_format_refusal(request, [text])) from error
-    findings = examine(worker_manager._adapter_manager, adapter)
-    adapter_name = f"LoRA adapter {request.lora_name!r} ({request.lora_path})"
-    for reason, modules in findings.left_out.items():
-        logger.warning("%s is served without %s: %s.", adapter_name, ", ".join(modules), reason)
-    faults, advice = findings.faults, ""
-    if findings.unmatched and settings.read_mode() is settings.Mode.LENIENT:
-        logger.warning(
-            "%s is served without part of it, because %s=%s: %s.",
-            adapter_name,
-            settings.VARIABLE,
-            settings.Mode.LENIENT.value,
-            "; ".join(findings.unmatched),
-        )
-    elif findings.unmatched:
-        faults = faults + findings.unmatched
+    if getattr(adapter, _ADMITTED_BY, None) is manager:
+        return
+    findings = examine(manager, adapter)
+    is_lenient = settings.read_mode() is settings.Mode.LENIENT
+    faults, advice = list(findings.faults), ""
+    if findings.is_empty and not faults:
+        faults = ["no module of it is left, so that the base model would answer under its name"]
+        faults += [f"{reason}: {_join(', ', of)}" for reason, of in findings.left_out.items()]
+    elif findings.unmatched and not faults and not is_lenient:
         advice = (
             f" {settings.VARIABLE}={settings.Mode.LENIENT.value} serves adapters without the "
             "modules that have no layer."
         )
+    if faults or not is_lenient:
+        faults += findings.unmatched
     if faults:
-        raise AdapterError(_format_refusal(request, faults) + advice)
-    logger.info("%s is served: %s.", adapter_name, findings.summarize())
-    return adapter
+        raise AdapterError(format_refusal(label, faults) + advice)
+    for reason, modules in findings.left_out.items():
+        logger.warning("%s is served without %s: %s.", label, ", ".join(modules), reason)
+    if findings.unmatched:
+        logger.warning(
+            "%s is served without part of it, because %s=%s: %s.",
+            label,
+            settings.VARIABLE,
+            settings.Mode.LENIENT.value,
+            "; ".join(findings.unmatched),
+        )
+    logger.info("%s is served: %s.", label, findings.summarize())
+    setattr(adapter, _ADMITTED_BY, manager)
 
 
-def _format_refusal(request: Any, faults: Sequence[str]) -> str:
-    parts = [fault.rstrip(". ") for fault in faults[:_SPELLED_OUT]]
-    if len(faults) > _SPELLED_OUT:
-        parts.append(f"and {len(faults) - _SPELLED_OUT} more")
+def format_refusal(label: str, faults: Sequence[str]) -> str:
+    """Return the message of a refused adapter."""
+    reasons = _join("; ", [fault.rstrip(". ") for fault in faults])
     return (
-        f"LoRA adapter {request.lora_name!r} ({request.lora_path}) is refused on vLLM "
-        f"{vllm.__version__}: {'; '.join(parts)}. Adapters that were already loaded are not affected. "
-        "Correct the adapter, or check that it was made for this model."
+        f"{label} is refused on vLLM {vllm.__version__}: {reasons}. Correct the adapter, or check that "
+        "it was made for this model."
     )
+
+
+def _join(separator: str, items: Sequence[str]) -> str:
+    more = len(items) - _SPELLED_OUT
+    return separator.join([*items[:_SPELLED_OUT], *([f"and {more} more"] if more > 0 else [])])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Findings:
         faults: tensors that cannot be applied exactly.
         unmatched: modules that no layer uses and that should have a layer here.
         left_out: reason -> modules that this server's settings leave out.
+        elsewhere: modules of layers that are not on this rank (pipeline parallelism).
         applied: the ``LoRALayerWeights`` that layers of this rank use.
         fused: how many of them are in projections that this package serves.
     """
@@ -94,8 +100,14 @@ class Findings:
     faults: list[str]
     unmatched: list[str]
     left_out: dict[str, list[str]]
+    elsewhere: list[str]
     applied: list[Any]
     fused: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no rank would apply anything of the adapter."""
+        return not self.applied and not self.elsewhere
 
     def summarize(self) -> str:
         """Return the number of applied modules, their highest rank, and their bytes as loaded."""
@@ -117,13 +129,13 @@ def examine(manager: Any, adapter: Any) -> Findings:
     """
     faults: list[str] = []
     used: dict[int, Any] = {}
-    fused = 0
+    fused: set[int] = set()
     for name, layer in manager.modules.items():
         weights_of = weights_for_layer(manager, adapter, name, layer)
         present = {id(weights): weights for _, weights in weights_of if weights is not None}
         if present:
             if isinstance(layer, NWayLinearWithLoRA):
-                fused += len(present.keys() - used.keys())
+                fused |= present.keys()
             used |= present
             faults += validate_layer(manager, name, layer, weights_of)
     if not adapter.loras:
@@ -131,9 +143,9 @@ def examine(manager: Any, adapter: Any) -> Findings:
     unused = {m: weights for m, weights in adapter.loras.items() if id(weights) not in used}
     # vLLM also scales and pins tensors that no layer here uses, and fails if one half is missing.
     faults += [
-        f"module {module}: {fault}"
+        f"module {module}: {find_pair_fault(weights.lora_a, weights.lora_b)}"
         for module, weights in unused.items()
-        for fault in validate_pair(weights, manager.lora_config.max_lora_rank, is_moe=True)
+        if weights.lora_a is None or weights.lora_b is None
     ]
-    unmatched, left_out = sort_unmatched(manager, adapter, unused)
-    return Findings(faults, unmatched, left_out, list(used.values()), fused)
+    unmatched, left_out, elsewhere = sort_unmatched(manager, adapter, unused)
+    return Findings(faults, unmatched, left_out, elsewhere, list(used.values()), len(fused))

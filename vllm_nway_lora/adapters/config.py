@@ -20,7 +20,12 @@ _MEANINGFUL_KEYS = (
     "layer_replication",
     "use_bdlora",
     "use_qalora",
+    "arrow_config",
 )
+
+#: Values of `bias` other than "none" say that biases were trained. vLLM refuses them, although PEFT
+#: saves no bias for layers without one. `tensors.py` and vLLM's name parser refuse the biases.
+_BIASES = ("all", "lora_only")
 
 #: Values of `init_lora_weights` whose adapters need the base weights that PEFT has modified.
 _MODIFYING_INITS = ("pissa", "olora", "corda", "loftq")
@@ -33,6 +38,11 @@ def validate_config(wrapped: Any, peft_helper: Any, args: Any, kwargs: Any) -> A
         AdapterError: adapter_config.json has such a setting; the message names it.
     """
     config: Mapping[str, Any] = args[0] if args else kwargs["config_dict"]
+    kind = config.get("peft_type")
+    if kind is not None and str(getattr(kind, "value", kind)).upper() != "LORA":
+        raise AdapterError(
+            f"adapter_config.json has peft_type={kind!r}: vLLM would read the adapter as plain LoRA"
+        )
     known = {field.name for field in dataclasses.fields(peft_helper)}
     ignored = [key for key in _MEANINGFUL_KEYS if key not in known and config.get(key)]
     init = config.get("init_lora_weights")
@@ -44,4 +54,6 @@ def validate_config(wrapped: Any, peft_helper: Any, args: Any, kwargs: Any) -> A
             f"adapter_config.json has {entries}, which this release does not know and would "
             "ignore. Use a later vLLM, or save the adapter with PEFT without that setting"
         )
-    return wrapped(*args, **kwargs)
+    if config.get("bias") in _BIASES:
+        config = {**config, "bias": "none"}
+    return wrapped(config)

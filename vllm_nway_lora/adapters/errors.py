@@ -3,4 +3,10 @@
 
 
 class AdapterError(ValueError):
-    """An adapter that is refused, or that a rank could not load; the message gives every detail."""
+    """An adapter that is refused, or that a rank could not load; the message gives every detail.
+
+    Attributes:
+        request_ids: the requests that fail because of it.
+    """
+
+    request_ids: tuple[str, ...] = ()

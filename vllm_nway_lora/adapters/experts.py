@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from vllm.lora.layers import FusedMoE3DWithLoRA, FusedMoEWithLoRA
 
+from vllm_nway_lora.rows.pairs import find_pair_fault
+
 
 def stacked_modules(manager: Any, adapter: Any, name: str, layer: nn.Module) -> list[str]:
     """Return the two modules of a mixture whose experts are stacked in one tensor; else nothing.
@@ -25,6 +27,28 @@ def stacked_modules(manager: Any, adapter: Any, name: str, layer: nn.Module) -> 
     return []
 
 
+def find_stacked_fault(weights: Any, layer: Any) -> str:
+    """Return the fault of a module that has the tensors of all experts; empty if there is none.
+
+    vLLM (0.17.0 to 0.33.0) reshapes A to ``(experts, r, columns)`` and B to ``(rows, r, experts)``
+    (``_stack_moe_lora_weights``, vllm/lora/model_manager.py). Files have these shapes, or two
+    dimensions.
+    """
+    a, b, rank = weights.lora_a, weights.lora_b, weights.rank
+    if a is None or b is None:
+        return find_pair_fault(a, b)
+    local: int = layer.w13_lora_a_stacked[0].shape[1]
+    n = getattr(layer, "global_num_experts", local)  # 0.20.2 has no expert parallelism with LoRA
+    found = (tuple(a.shape[:-1]), tuple(b.shape[1:]))
+    if found in (((n * rank,), (n * rank,)), ((n, rank), (rank, n))):
+        return ""
+    return (
+        f"expected the LoRA-A and LoRA-B of {n} experts of rank {rank}, ({n * rank}, columns) and "
+        f"(rows, {n * rank}), or ({n}, {rank}, columns) and (rows, {rank}, {n}), found "
+        f"{tuple(a.shape)} and {tuple(b.shape)}"
+    )
+
+
 def validate_experts(
     manager: Any, name: str, weights_of: Sequence[tuple[str, Any]]
 ) -> Iterator[str]:
@@ -39,17 +63,16 @@ def validate_experts(
     missing = [module for module in local if by_module[module] is None]
     if missing and len(missing) < len(local):
         yield (
-            f"layer {name}: all {len(local)} modules of its experts are needed, {missing[0]} and "
-            f"{len(missing) - 1} others are missing"
+            f"layer {name}: all {len(local)} modules of its experts are needed, {len(missing)} are "
+            f"missing, such as {missing[0]}"
         )
     if missing:
         return
     kinds = 2 if manager._is_non_gated_moe else 3
-    if len(local) > kinds:
-        for kind in range(kinds):
-            shapes = {
-                (tuple(by_module[m].lora_a.shape), tuple(by_module[m].lora_b.shape))
-                for m in local[kind::kinds]
-            }
-            if len(shapes) > 1:
-                yield f"layer {name}: its experts have different shapes: {sorted(shapes)[:2]}"
+    for kind in range(kinds):
+        shapes = {
+            (tuple(by_module[m].lora_a.shape), tuple(by_module[m].lora_b.shape))
+            for m in local[kind::kinds]
+        }
+        if len(shapes) > 1:
+            yield f"layer {name}: its experts have different shapes: {sorted(shapes)[:2]}"

@@ -53,41 +53,47 @@ def validate_layer(
         layer: the LoRA layer.
         weights_of: its modules and their weights, from :func:`weights_for_layer`.
     """
-    is_moe = isinstance(layer, FusedMoEWithLoRA)
     max_rank = manager.lora_config.max_lora_rank
-    found = [
-        f"module {module}: {fault}"
-        for module, weights in weights_of
-        if weights is not None
-        for fault in validate_pair(weights, max_rank, is_moe)
-    ]
+    is_stacked = f"{name}.base_layer" in dict(weights_of)
+    # `--enable-moe-shared-loras`: a tensor has an expert's matrix or one for all of them.
+    is_shared = getattr(manager, "_enable_moe_shared_loras", False)
+    dims = 3 if is_shared and isinstance(layer, FusedMoEWithLoRA) else 2
+    found = []
+    for module, weights in weights_of:
+        if weights is None:
+            continue
+        fault = (
+            experts.find_stacked_fault(weights, layer)
+            if is_stacked
+            else _find_fault_of_pair(weights, dims)
+        )
+        faults = [fault] if fault else _find_faults_of_values(weights, max_rank)
+        found += [f"module {module}: {fault}" for fault in faults]
     return found or list(_validate_shapes(manager, name, layer, weights_of))
 
 
-def validate_pair(weights: Any, max_rank: int, is_moe: bool) -> Iterator[str]:
-    """Yield the faults of one module's A and B that do not depend on a layer.
-
-    Args:
-        weights: the module's ``LoRALayerWeights``.
-        max_rank: ``--max-lora-rank``.
-        is_moe: whether the tensors may be those of stacked experts, which have three dimensions or
-            several experts along the dimension of the rank.
-    """
+def _find_fault_of_pair(weights: Any, dims: int) -> str:
+    """Return the fault of one module's A and B that does not depend on their layer's sizes."""
     a, b = weights.lora_a, weights.lora_b
-    if fault := find_pair_fault(a, b, dims=(2, 3) if is_moe else (2,)):
-        yield fault
-        return
-    rank = a.shape[-2]
-    is_stacked = is_moe and rank and rank % weights.rank == 0
-    if rank != weights.rank and not is_stacked:
-        yield (
-            f"adapter_config.json says rank {weights.rank}, found LoRA-A {tuple(a.shape)} and LoRA-B "
-            f"{tuple(b.shape)}"
-        )
-    elif fault := find_rank_fault(weights.rank, max_rank):
+    if fault := find_pair_fault(a, b, dims=(2, 3)):
+        return fault
+    shapes = f"found LoRA-A {tuple(a.shape)} and LoRA-B {tuple(b.shape)}"
+    if a.ndim != dims:
+        return f"expected tensors of {dims} dimensions, {shapes}"
+    if a.shape[-2] != weights.rank:
+        return f"adapter_config.json says rank {weights.rank}, {shapes}"
+    return ""
+
+
+def _find_faults_of_values(weights: Any, max_rank: int) -> Iterator[str]:
+    """Yield a rank above the limit, and values that are not finite."""
+    if fault := find_rank_fault(weights.rank, max_rank):
         yield fault
     # vLLM multiplies B by the scaling after it has loaded the adapter.
-    for half, tensor, factor in (("A", a, 1.0), ("B", b, weights.scaling)):
+    for half, tensor, factor in (
+        ("A", weights.lora_a, 1.0),
+        ("B", weights.lora_b, weights.scaling),
+    ):
         # One pass without a temporary: the extremes of a tensor with a NaN are NaN.
         if tensor.numel() and not all((x * factor).isfinite() for x in torch.aminmax(tensor)):
             yield f"LoRA-{half} times its scaling {factor} has NaN or infinity in {tensor.dtype}"

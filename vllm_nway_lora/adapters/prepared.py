@@ -1,52 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter that a worker has loaded and validated, before it takes a slot.
+"""Adapters that a worker has loaded and validated, and that do not have a slot yet.
 
 Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
-_ATTRIBUTE = "_nway_lora_prepared"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A prepared adapter, stored on one attribute of a worker's LoRA manager.
-
-    Attributes:
-        request: the ``LoRARequest`` that it was loaded for.
-        adapter: the ``LoRAModel``.
-    """
-
-    request: Any
-    adapter: Any
+_STORE = "_nway_lora_prepared"
+_SOURCE = "_nway_lora_source"
 
 
-def get_prepared(worker_manager: Any, request: Any) -> Any:
-    """Return the adapter that was prepared for ``request``, or None."""
-    prepared: Prepared | None = getattr(worker_manager, _ATTRIBUTE, None)
-    if prepared is None or not _is_same(prepared.request, request):
-        return None
-    return prepared.adapter
+class Source(NamedTuple):
+    """The identity of an adapter in requests."""
+
+    id: int
+    name: str
+    path: str
 
 
-def set_prepared(worker_manager: Any, request: Any, adapter: Any) -> None:
-    """Store a prepared adapter in place of any earlier one."""
-    setattr(worker_manager, _ATTRIBUTE, Prepared(request, adapter))
+def source_of(request: Any) -> Source:
+    """Return the identity that a ``LoRARequest`` names (its ``__eq__`` compares names only)."""
+    return Source(request.lora_int_id, request.lora_name, request.lora_path)
 
 
-def forget_prepared(worker_manager: Any) -> None:
-    """Remove the prepared adapter, if there is one."""
-    if hasattr(worker_manager, _ATTRIBUTE):
-        delattr(worker_manager, _ATTRIBUTE)
+def prepared(worker_manager: Any) -> dict[Source, Any]:
+    """Return a worker's prepared adapters, stored on one attribute of its LoRA manager."""
+    store: dict[Source, Any] = vars(worker_manager).setdefault(_STORE, {})
+    return store
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    # `LoRARequest.__eq__` compares names only.
-    return all(
-        getattr(one, name) == getattr(other, name)
-        for name in ("lora_int_id", "lora_name", "lora_path")
-    )
+def take_prepared(worker_manager: Any, request: Any) -> Any:
+    """Remove and return the adapter that was prepared for ``request``, or None."""
+    return prepared(worker_manager).pop(source_of(request), None)
+
+
+def keep_prepared(worker_manager: Any, wanted: Collection[Source]) -> None:
+    """Remove the prepared adapters that are not in ``wanted``."""
+    store = prepared(worker_manager)
+    for source in store.keys() - set(wanted):
+        del store[source]
+
+
+def get_source(adapter: Any) -> Source | None:
+    """Return the source that was set on a ``LoRAModel``; None if it came by another way."""
+    source: Source | None = getattr(adapter, _SOURCE, None)
+    return source
+
+
+def set_source(adapter: Any, source: Source) -> None:
+    """Set the source of a ``LoRAModel``."""
+    setattr(adapter, _SOURCE, source)

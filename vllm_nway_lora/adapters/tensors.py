@@ -17,8 +17,14 @@ def validate_tensors(wrapped: Any, _model_class: Any, args: Any, kwargs: Any) ->
         AdapterError: a tensor is not of a floating-point type, a tensor is a LoRA bias (vLLM 0.31.0
             uses it as LoRA-B, vllm/lora/utils.py), or two tensors have the same place.
     """
-    adapter = wrapped(*args, **kwargs)
     tensors = kwargs["tensors"] if "tensors" in kwargs else args[1]
+    for name in tensors:
+        if name.endswith((".lora_A.bias", ".lora_B.bias")):
+            raise AdapterError(
+                f"tensor {name} is a LoRA bias, which vLLM does not support. Train the adapter without "
+                "lora_bias"
+            )
+    adapter = wrapped(*args, **kwargs)
     mapper, helper = kwargs.get("weights_mapper"), kwargs.get("peft_helper")
     saved_whole = getattr(helper, "modules_to_save", None) or ()
     places: dict[tuple[str, bool], str] = {}
@@ -29,11 +35,6 @@ def validate_tensors(wrapped: Any, _model_class: Any, args: Any, kwargs: Any) ->
             place = parse_fine_tuned_lora_name(name, mapper)
         except ValueError:
             continue  # `from_lora_tensors` skips this name; it has refused all other bad names above
-        if name.endswith((".lora_A.bias", ".lora_B.bias")):
-            raise AdapterError(
-                f"tensor {name} is a LoRA bias, which vLLM does not support. Train the adapter without "
-                "lora_bias"
-            )
         if place[0] not in saved_whole and places.setdefault(place, name) != name:
             raise AdapterError(
                 f"tensors {places[place]} and {name} are both LoRA-{'A' if place[1] else 'B'} of "

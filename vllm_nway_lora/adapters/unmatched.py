@@ -1,29 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules of an adapter that no layer of this rank uses: a fault, or left out by a setting."""
+"""Modules of an adapter that no layer of this rank uses: a fault, left out, elsewhere, or no loss."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def sort_unmatched(
-    manager: Any, adapter: Any, unmatched: Mapping[str, Any]
-) -> tuple[list[str], dict[str, list[str]]]:
-    """Separate modules that a layer should use from those that this server leaves out.
+class Unmatched(NamedTuple):
+    """Modules that no layer of this rank uses.
 
-    Modules of layers that exist on other ranks only are in neither group.
+    Attributes:
+        faults: phrases about modules that a layer should use.
+        left_out: reason -> modules that this server's settings leave out.
+        elsewhere: modules of layers that exist on other ranks only.
+    """
+
+    faults: list[str]
+    left_out: dict[str, list[str]]
+    elsewhere: list[str]
+
+
+def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> Unmatched:
+    """Sort modules that no layer uses. A module that adds nothing to the model is in no group.
 
     Args:
         manager: the rank's ``LoRAModelManager``.
         adapter: the ``LoRAModel``, loaded and not packed yet.
         unmatched: module -> its ``LoRALayerWeights``.
-
-    Returns:
-        The faults as phrases, and reason -> modules left out by this server's settings.
     """
-    faults: list[str] = []
-    left_out: dict[str, list[str]] = {}
+    found = Unmatched([], {}, [])
     layers = dict(manager.model.named_modules(remove_duplicate=False)) if unmatched else {}
     # Layers of other pipeline ranks, and towers that this server runs without.
     absent = [
@@ -34,26 +40,50 @@ def sort_unmatched(
     targets = getattr(manager.lora_config, "target_modules", None)
     for module, weights in unmatched.items():
         if any(_is_inside(manager, adapter, module, weights, path) for path in absent):
+            found.elsewhere.append(module)
+            continue
+        if _is_zero(weights) or _is_shared(layers, module):
             continue
         names = [module, *_fused_paths(manager.packed_modules_mapping, module)]
         path = next((name for name in names if name in layers), None)
         if path is None:
-            faults.append(f"module {module}: this model has no such layer")
+            found.faults.append(f"module {module}: this model has no such layer")
         elif targets is not None and not any(
             name in targets or name.rpartition(".")[2] in targets for name in names
         ):
-            left_out.setdefault("--lora-target-modules does not name them", []).append(module)
+            reason = "--lora-target-modules does not name them"
+            found.left_out.setdefault(reason, []).append(module)
         elif manager.supports_mm and manager._get_punica_wrapper(path) is None:
-            left_out.setdefault("this server has no LoRA on that part of the model", []).append(
-                module
-            )
+            reason = "this server has no LoRA on that part of the model"
+            found.left_out.setdefault(reason, []).append(module)
         else:
             modules = [path.rpartition(".")[2] for path in manager.packed_modules.get(path, ())]
-            faults.append(
+            found.faults.append(
                 f"module {module}: vLLM would ignore it, because its layer {path} "
                 f"({type(layers[path]).__name__}) takes {', '.join(modules) or 'no LoRA'}"
             )
-    return faults, left_out
+    return found
+
+
+def _is_zero(weights: Any) -> bool:
+    """Return whether a module's product is zero, as that of a module that was never trained is."""
+    return any(half is not None and not half.any() for half in (weights.lora_a, weights.lora_b))
+
+
+def _is_shared(layers: Mapping[str, Any], module: str) -> bool:
+    """Return whether a module is a K or V projection of an attention that uses another layer's.
+
+    Gemma 4's last layers have no such projection from 0.30.0 on; older transformers do.
+    """
+    parent, _, name = module.rpartition(".")
+    return (
+        name in ("k_proj", "v_proj")
+        and parent in layers
+        and any(
+            getattr(child, "kv_sharing_target_layer_name", None) is not None
+            for child in layers[parent].children()
+        )
+    )
 
 
 def _fused_paths(packed: Mapping[str, Sequence[str]], module: str) -> list[str]:

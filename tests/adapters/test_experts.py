@@ -1,0 +1,254 @@
+"""Adapters on experts are exact in vLLM's layers, or refused before they are registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.moe import EXPERTS, HIDDEN, INTERMEDIATE, PATH, RANK, Experts, Tensors
+from vllm.lora.lora_weights import PackedLoRALayerWeights
+from vllm.lora.model_manager import LoRAModelManager
+
+import vllm_nway_lora
+
+A, B = "lora_A.weight", "lora_B.weight"
+DOWN, GATE_UP = ".", ".base_layer."
+
+HAS_MIXED = hasattr(LoRAModelManager, "_convert_3d_to_2d_moe_lora")
+HAS_SHARED = hasattr(PackedLoRALayerWeights, "pack_moe_stacked")
+HAS_EXPERT_PARALLEL = hasattr(LoRAModelManager, "_restrict_to_local_experts")
+
+
+@pytest.fixture(autouse=True)
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Turn the plugin on; it applies its patches where the worker's manager is imported."""
+    import vllm.lora.worker_manager  # noqa: F401
+
+    monkeypatch.setenv("VLLM_NWAY_LORA", "1")
+    vllm_nway_lora.register()
+    yield
+    vllm_nway_lora.unregister()
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(sum(shape))).float()
+
+
+def flat(experts: int = EXPERTS, rank: int = RANK) -> Tensors:
+    """Return the tensors of PEFT's ``target_parameters``."""
+    return {
+        f"{GATE_UP}{A}": integers(experts * rank, HIDDEN),
+        f"{GATE_UP}{B}": integers(2 * INTERMEDIATE, rank * experts),
+        f"{DOWN}{A}": integers(experts * rank, INTERMEDIATE),
+        f"{DOWN}{B}": integers(HIDDEN, rank * experts),
+    }
+
+
+def deep(experts: int = EXPERTS, rank: int = RANK) -> Tensors:
+    """Return the same tensors as Megatron-Bridge writes them, with three dimensions."""
+    return {
+        name: t.reshape(experts, rank, -1) if name.endswith(A) else t.reshape(-1, rank, experts)
+        for name, t in flat(experts, rank).items()
+    }
+
+
+def per_expert(gated: bool = True, rank: int = RANK) -> Tensors:
+    kinds = {
+        "up_proj": (HIDDEN, INTERMEDIATE),
+        "down_proj": (INTERMEDIATE, HIDDEN),
+    } | ({"gate_proj": (HIDDEN, INTERMEDIATE)} if gated else {})
+    return {
+        f".{expert}.{kind}.{half}": integers(*shape) + expert
+        for expert in range(EXPERTS)
+        for kind, (columns, rows) in kinds.items()
+        for half, shape in ((A, (rank, columns)), (B, (rows, rank)))
+    }
+
+
+def shared() -> Tensors:
+    """Return tensors with the outer matrices shared by all experts."""
+    columns = {1: HIDDEN, 2: INTERMEDIATE, 3: HIDDEN}
+    rows = {1: INTERMEDIATE, 2: HIDDEN, 3: INTERMEDIATE}
+    return {f".w{n}.{A}": integers(1 if n != 2 else EXPERTS, RANK, columns[n]) for n in columns} | {
+        f".w{n}.{B}": integers(1 if n == 2 else EXPERTS, rows[n], RANK) for n in rows
+    }
+
+
+def expect_flat(tensors: Tensors) -> list[torch.Tensor]:
+    """Return each expert's delta: A's rows are ordered by expert, B's columns by rank (PEFT)."""
+    return [
+        2
+        * torch.einsum(
+            "ore,eri->eoi",
+            tensors[f"{part}{B}"].reshape(-1, RANK, EXPERTS),
+            tensors[f"{part}{A}"].reshape(EXPERTS, RANK, -1),
+        )
+        for part in (GATE_UP, DOWN)
+    ]
+
+
+def expect_per_expert(tensors: Tensors, first: tuple[str, ...]) -> list[torch.Tensor]:
+    def stack(kind: str) -> torch.Tensor:
+        return torch.stack(
+            [2 * tensors[f".{e}.{kind}.{B}"] @ tensors[f".{e}.{kind}.{A}"] for e in range(EXPERTS)]
+        )
+
+    return [torch.cat([stack(kind) for kind in first], 1), stack("down_proj")]
+
+
+def assert_exact(experts: Experts, tensors: Tensors, expected: list[torch.Tensor]) -> None:
+    assert experts.add(tensors) == ""
+    for found, wanted in zip(experts.deltas(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("tensors", [flat, deep])
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.skipif(not HAS_MIXED, reason="no mixed format")),
+    ],
+    ids=["3d", "mixed"],
+)
+def test_stacked_experts_are_exact(tensors: Callable[[], Tensors], mixed: bool) -> None:
+    experts = Experts(stacked=not mixed, mixed=mixed, is_3d_file=mixed)
+    assert_exact(experts, tensors(), expect_flat(flat()))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_experts_apart_are_exact(gated: bool, mixed: bool) -> None:
+    first = ("gate_proj", "up_proj") if gated else ("up_proj",)
+    tensors = per_expert(gated)
+    experts = Experts(gated=gated, mixed=mixed)
+    assert_exact(experts, tensors, expect_per_expert(tensors, first))
+
+
+@pytest.mark.skipif(not HAS_EXPERT_PARALLEL, reason="no expert parallelism with LoRA")
+@pytest.mark.parametrize("ep_rank", [0, 1])
+def test_experts_of_a_rank_are_exact(ep_rank: int) -> None:
+    local = slice(ep_rank * EXPERTS // 2, (ep_rank + 1) * EXPERTS // 2)
+    experts = Experts(stacked=True, ep_rank=ep_rank)
+    assert_exact(experts, flat(), [delta[local] for delta in expect_flat(flat())])
+    tensors = per_expert()
+    expected = [delta[local] for delta in expect_per_expert(tensors, ("gate_proj", "up_proj"))]
+    # vLLM reads a rank's experts only, where it reads a file.
+    kept = {n: t for n, t in tensors.items() if int(n.split(".")[1]) in range(EXPERTS)[local]}
+    assert_exact(Experts(ep_rank=ep_rank), kept, expected)
+    missing = without(kept, f".{local.start}.down_proj")
+    assert "9 modules of its experts are needed, 1 are missing" in Experts(ep_rank=ep_rank).add(
+        missing
+    )
+
+
+@pytest.mark.skipif(not HAS_SHARED, reason="no shared experts' tensors")
+def test_shared_tensors_are_exact_and_flat_ones_refused() -> None:
+    tensors = shared()
+    expected = [
+        2 * torch.cat([tensors[f".w{n}.{B}"] @ tensors[f".w{n}.{A}"] for n in (1, 3)], 1),
+        2 * tensors[f".w2.{B}"] @ tensors[f".w2.{A}"],
+    ]
+    assert_exact(Experts(shared=True), tensors, expected)
+    tensors = {name: t[0] for name, t in tensors.items()}
+    assert "expected tensors of 3 dimensions" in Experts(shared=True).add(tensors)
+
+
+def without(tensors: Tensors, *parts: str) -> Tensors:
+    return {name: t for name, t in tensors.items() if not any(part in name for part in parts)}
+
+
+def with_b_by_expert(tensors: Tensors) -> Tensors:
+    """Return LoRA-B as ``(experts, rows, r)``, Megatron-Bridge's layout in memory."""
+    return {n: t.permute(2, 0, 1) if n.endswith(B) else t for n, t in tensors.items()}
+
+
+def with_one_wider(tensors: Tensors) -> Tensors:
+    return tensors | {
+        f".2.up_proj.{A}": integers(RANK, HIDDEN + 1),
+        f".2.up_proj.{B}": integers(INTERMEDIATE, RANK),
+    }
+
+
+EXPECTED = f"of {EXPERTS} experts of rank {RANK}"
+
+#: Case -> arguments of `Experts`, tensors, a part of the error.
+REFUSED: dict[str, tuple[dict[str, bool], Tensors, str]] = {
+    "flat, other number of experts": ({"stacked": True}, flat(2 * EXPERTS), EXPECTED),
+    "flat, fewer experts": ({"stacked": True}, flat(EXPERTS // 2), EXPECTED),
+    "flat, other rank": ({"stacked": True}, flat(rank=RANK // 2), EXPECTED),
+    "3-D, other number of experts": ({"stacked": True}, deep(2 * EXPERTS), EXPECTED),
+    "3-D, other rank": ({"stacked": True}, deep(rank=2 * RANK), EXPECTED),
+    "3-D, B by expert": ({"stacked": True}, with_b_by_expert(deep()), EXPECTED),
+    "A flat, B 3-D": (
+        {"stacked": True},
+        flat() | {n: t for n, t in deep().items() if n.endswith(B)},
+        EXPECTED,
+    ),
+    "1-D": ({"stacked": True}, flat() | {f"{DOWN}{B}": integers(HIDDEN)}, EXPECTED),
+    "stacked, no B": (
+        {"stacked": True},
+        without(flat(), f"{GATE_UP}{B}"),
+        f"module {PATH}.base_layer: it has LoRA-A but no LoRA-B",
+    ),
+    "stacked, no down": (
+        {"stacked": True},
+        {n: t for n, t in flat().items() if GATE_UP in n},
+        f"all 2 modules of its experts are needed, 1 are missing, such as {PATH}",
+    ),
+    "stacked, NaN": (
+        {"stacked": True},
+        flat() | {f"{DOWN}{A}": flat()[f"{DOWN}{A}"] * float("nan")},
+        f"module {PATH}: LoRA-A times its scaling 1.0 has NaN",
+    ),
+    "stacked file, flagged, without mixed format": (
+        {"is_3d_file": True},
+        flat(),
+        f"module {PATH}: vLLM would ignore it",
+    ),
+    "stacked file on experts apart": ({}, flat(), f"module {PATH}: vLLM would ignore it"),
+    "experts apart on a stacked layer": (
+        {"stacked": True},
+        per_expert(),
+        f"module {PATH}.0.up_proj: this model has no such layer",
+    ),
+    "one expert missing": (
+        {},
+        without(per_expert(), ".2."),
+        f"all 18 modules of its experts are needed, 3 are missing, such as {PATH}.2.gate_proj",
+    ),
+    "down only": ({}, without(per_expert(), "gate", "up"), "12 are missing"),
+    "an expert more": (
+        {},
+        per_expert() | {n.replace(".2.", ".6."): t for n, t in per_expert().items() if ".2." in n},
+        f"module {PATH}.6.up_proj: this model has no such layer",
+    ),
+    "other rank": ({}, per_expert(rank=2 * RANK), "says rank 4, found LoRA-A (8, 32)"),
+    "one expert wider": ({}, with_one_wider(per_expert()), "experts have different shapes"),
+    "one expert wider, not gated": (
+        {"gated": False},
+        with_one_wider(per_expert(gated=False)),
+        "experts have different shapes",
+    ),
+    "3-D per expert": (
+        {},
+        {name: t.unsqueeze(0) for name, t in per_expert().items()},
+        "expected tensors of 2 dimensions, found LoRA-A (1, 4, 32) and LoRA-B (1, 16, 4)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_experts_are_refused(case: str) -> None:
+    options, tensors, text = REFUSED[case]
+    experts = Experts(**options)
+    error = experts.add(tensors)
+    assert error.startswith("AdapterError: LoRA adapter with id 1 (from memory) is refused")
+    assert text in error
+    assert not experts.manager._registered_adapters
+    assert not any(delta.any() for delta in experts.deltas())
+
+
+def test_rank_above_the_limit_is_refused() -> None:
+    assert "its rank 16 is above --max-lora-rank 8" in Experts().add(per_expert(rank=16), rank=16)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ways into vLLM's LoRA manager, each of which leads through admission.
+
+A worker loads an adapter with ``_load_adapter``, makes room, and adds it to its ``LoRAModelManager``.
+Frameworks replace the first method on a class (verl, ms-swift, ROLL) or call the last one themselves
+(AReaL). An adapter is admitted where it is loaded if that can be seen, so that a refusal has no side
+effect, and otherwise before it is registered.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.lora.model_manager import LoRAModelManager
+
+from vllm_nway_lora.adapters.admission import admit, format_refusal
+from vllm_nway_lora.adapters.errors import AdapterError
+from vllm_nway_lora.adapters.prepared import take_prepared
+
+
+def guard_loading(wrapped: Any, worker_manager: Any, args: Any, kwargs: Any) -> None:
+    """Have an instance load through :func:`load_adapter`; wraps ``WorkerLoRAManager.__init__``."""
+    wrapped(*args, **kwargs)
+    worker_manager._load_adapter = functools.partial(load_adapter, worker_manager)
+
+
+def load_adapter(worker_manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load an adapter and admit it whole, or refuse it; ``_load_adapter`` of guarded instances.
+
+    In 0.17.0 to 0.33.0 ``add_adapter`` loads before it evicts, packs or writes anything.
+
+    Raises:
+        AdapterError: the adapter cannot be loaded, or it is refused.
+    """
+    # Found on the class now: frameworks replace it before and after the instance is built.
+    load = functools.partial(type(worker_manager)._load_adapter, worker_manager)
+    if not owns_manager(worker_manager):
+        return load(*args, **kwargs)
+    request = args[0] if args else kwargs["lora_request"]
+    adapter = take_prepared(worker_manager, request)
+    if adapter is not None:
+        return adapter
+    label = f"LoRA adapter {request.lora_name!r} ({request.lora_path})"
+    try:
+        adapter = load(*args, **kwargs)
+    except Exception as error:
+        # vLLM's own texts stay whole: its server recognises "not found" by them.
+        text = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
+        raise AdapterError(format_refusal(label, [text])) from error
+    admit(worker_manager._adapter_manager, adapter, label)
+    return adapter
+
+
+def owns_manager(worker_manager: Any) -> bool:
+    """Return whether a worker's LoRA manager is of vLLM's kind and loads through :func:`load_adapter`.
+
+    Other platforms have managers of their own (vllm-rbln, vllm-metal, tpu-inference).
+    """
+    load = getattr(worker_manager, "_load_adapter", None)
+    is_guarded = getattr(load, "func", None) is load_adapter
+    return is_guarded and isinstance(
+        getattr(worker_manager, "_adapter_manager", None), LoRAModelManager
+    )
+
+
+def add_adapter(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
+    """Admit an adapter that was not loaded by a worker; wraps ``LoRAModelManager._add_adapter``.
+
+    Raises:
+        AdapterError: the adapter is refused. It is not registered then.
+    """
+    adapter = args[0] if args else kwargs["lora"]
+    if not (_is_packed(adapter) or _is_zero(adapter)):
+        admit(manager, adapter, f"LoRA adapter with id {adapter.id} (from memory)")
+    return wrapped(*args, **kwargs)
+
+
+def activate_adapter(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
+    """Remove an adapter whose activation fails; wraps ``LoRAModelManager.activate_adapter``.
+
+    Until 0.32.0 vLLM assigns the slot before it writes the slot. In every release the adapter stays
+    registered, and the next request finds it and gets the slot's half-written content.
+    """
+    try:
+        return wrapped(*args, **kwargs)
+    except BaseException:
+        manager.remove_adapter(args[0] if args else kwargs["lora_id"])
+        raise
+
+
+def _is_packed(adapter: Any) -> bool:
+    """Return whether an adapter has been added before; dummies of fused layers are packed too."""
+    return any(isinstance(weights.lora_a, list) for weights in adapter.loras.values())
+
+
+def _is_zero(adapter: Any) -> bool:
+    """Return whether an adapter is zero, as the dummies of vLLM's warm-up are (their shapes are not
+    those of an adapter: see ``create_dummy_lora``, vllm/lora/model_manager.py).
+    """
+    halves = [half for w in adapter.loras.values() for half in (w.lora_a, w.lora_b)]
+    return bool(halves) and not any(half is not None and half.any() for half in halves)
