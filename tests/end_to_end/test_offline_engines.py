@@ -1,4 +1,4 @@
-"""Tests of refusals and of the comparison of ranks on engines without a server."""
+"""Tests of refusals on engines without a server, and of the comparison of ranks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import damage
+from support import damage, rank_without_plugin
 from support.adapters import ATTENTION, MLP, Answer, Reference, prompts, save_adapter
-from support.checkpoints import save_llama, save_qwen3_5
+from support.checkpoints import save_llama
 from support.processes import run_python
-from support.server import engine_environment
+from support.server import Server, ServerError, engine_environment
 
 from vllm_nway_lora import __version__
 
@@ -34,10 +34,19 @@ results["added"] = llm.llm_engine.add_lora(LoRARequest("good", 2, good))
 results["loaded"] = sorted(llm.llm_engine.list_loras())
 # On CPU, vLLM 0.32.0 ends at its first step with pipeline parallelism, with LoRA and without.
 can_step = "pipeline_parallel_size" not in options
-for name, number, path in [("bad", 1, bad), ("good", 2, good)][: 1 + can_step]:
-    [request] = llm.generate(
-        {"prompt_token_ids": prompt}, greedy, lora_request=LoRARequest(name, number, path)
-    )
+prompts = [{"prompt_token_ids": prompt}]
+requests = {"bad": LoRARequest("bad", 1, bad), "good": LoRARequest("good", 2, good)}
+calls = {"bad": ["bad"], "good and bad": ["good", "bad"], "good": ["good"]}
+for name, adapters in calls.items():
+    if not can_step and name != "bad":
+        continue
+    try:
+        request, *_ = llm.generate(
+            prompts * len(adapters), greedy, lora_request=[requests[a] for a in adapters]
+        )
+    except Exception as error:
+        results[name] = f"{type(error).__name__}: {error}"
+        continue
     output = request.outputs[0]
     results[name] = [
         output.finish_reason,
@@ -77,43 +86,30 @@ def test_offline_engine_refuses_bad_adapter_and_serves_good_one(
     )
     assert results["added"]
     assert results["loaded"] == [2]
-    assert results["bad"] == ["error", [], []]
+    refusal = f"AdapterError: {ranks}LoRA adapter 'bad' ({bad}) is refused on vLLM"
+    assert results["bad"].startswith(refusal)
     if "pipeline_parallel_size" in options:
         return
+    assert results["good and bad"].startswith(refusal)
     _, tokens, logprobs = results["good"]
     answer = Answer(prompt + tokens, logprobs, len(prompt))
     comparison = Reference(checkpoint, {"good": good}).compare("good", answer)
     assert comparison.is_exact, comparison
 
 
-ENGINE_WITH_PLUGIN_ON_RANK_0 = """
-import os, sys
-from vllm import LLM
-from vllm.v1.executor.multiproc_executor import WorkerProc
-
-def make_worker_process(*args, _original=WorkerProc.make_worker_process, **kwargs):
-    # Simulate a node on which the plugin is not installed, or is excluded by VLLM_PLUGINS.
-    os.environ["VLLM_PLUGINS"] = "nway_lora" if kwargs["rank"] == 0 else "no_such_plugin"
-    return _original(*args, **kwargs)
-
-WorkerProc.make_worker_process = make_worker_process
-os.environ["VLLM_PLUGINS"] = "nway_lora"
-LLM(sys.argv[1], dtype="bfloat16", enforce_eager=True, enable_lora=True, max_model_len=128,
-    max_num_seqs=4, tensor_parallel_size=2)
-print("the engine started")
-"""
-
-
-def test_start_fails_and_names_rank_without_plugin(tmp_path: Path) -> None:
-    checkpoint = save_qwen3_5(tmp_path / "model")
-    environment = engine_environment(True, 2) | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        # Forked workers would inherit the plugin from this process.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    done = run_python(ENGINE_WITH_PLUGIN_ON_RANK_0, str(checkpoint), **environment)
-    assert "the engine started" not in done.stdout
-    assert done.returncode != 0
-    assert "RankError: vllm-nway-lora differs between the processes of this engine" in done.stderr
-    assert f"rank 0: {__version__} (VLLM_NWAY_LORA=1; patches: " in done.stderr
-    assert "rank 1: not loaded" in done.stderr
+def test_server_does_not_start_with_a_rank_without_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine core is spawned, as always under ``vllm serve``."""
+    checkpoint = save_llama(tmp_path / "model")
+    monkeypatch.setenv(rank_without_plugin.VARIABLE, "1")
+    log = tmp_path / "log"
+    with (
+        pytest.raises(ServerError),
+        Server(checkpoint, log, plugin=True, tensor_parallel_size=2),
+    ):
+        pass
+    text = log.read_text()
+    assert "RankError: vllm-nway-lora differs between the processes of this engine" in text
+    assert f"rank 0: {__version__} (VLLM_NWAY_LORA=1; patches: " in text
+    assert "rank 1: not loaded" in text

@@ -14,7 +14,8 @@ from vllm_nway_lora.engine import agreement
 from vllm_nway_lora.engine.agreement import RankError
 
 #: The report of a rank that agrees with the engine core.
-REPORT = (vllm_nway_lora.__version__, "1", ("a", "b"))
+REPORT = (vllm_nway_lora.__version__, "1", ("a", "b", "in the core too"))
+EXPECTED = ("a", "b")
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,9 @@ def default_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_reports_agree() -> None:
-    assert agreement.compare_ranks([REPORT] * 3) == ""
+    assert agreement.compare_ranks([REPORT] * 3, EXPECTED) == ""
+    # A worker in a process of its own lacks the engine core's patches.
+    assert agreement.compare_ranks([(*REPORT[:2], ("b", "a")), REPORT], EXPECTED) == ""
 
 
 @pytest.mark.parametrize(
@@ -31,18 +34,21 @@ def test_equal_reports_agree() -> None:
     [
         (None, "rank 1: not loaded"),
         (("0.0.1", "1", ("a", "b")), "rank 1: 0.0.1 (VLLM_NWAY_LORA=1; patches: a, b)"),
+        ((REPORT[0], "lenient", ("a", "b")), "(VLLM_NWAY_LORA=lenient; patches: a, b)"),
         ((REPORT[0], "0", ()), "(VLLM_NWAY_LORA=0; patches: none)"),
         ((REPORT[0], "1", ("a",)), "(VLLM_NWAY_LORA=1; patches: a)"),
     ],
 )
 def test_difference_is_named(other: Any, words: str) -> None:
-    message = agreement.compare_ranks([REPORT, other])
+    message = agreement.compare_ranks([REPORT, other], EXPECTED)
     assert words in message
     assert "Install the same version on every node" in message
 
 
 def test_ranks_that_differ_from_the_engine_core_are_named() -> None:
-    assert "rank 0: not loaded; rank 1: not loaded" in agreement.compare_ranks([None, None])
+    assert "rank 0: not loaded; rank 1: not loaded" in agreement.compare_ranks(
+        [None, None], EXPECTED
+    )
 
 
 def test_reporter_runs_where_the_package_is_not_installed() -> None:
@@ -56,13 +62,28 @@ def test_reporter_runs_where_the_package_is_not_installed() -> None:
     assert evaluate(code, reporter) is None
 
 
-def test_start_compares_ranks_only_with_lora() -> None:
+@pytest.mark.parametrize("is_on", [False, True], ids=["off", "on"])
+def test_engine_compares_ranks_only_with_lora(is_on: bool) -> None:
     executor = Executor(Worker())
-    executor.shutdown = lambda: None  # type: ignore[attr-defined]
-    engine = SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None), model_executor=executor)
-    agreement.start_engine(lambda: None, engine, (), {})
-    assert executor.calls == 0  # without LoRA, nothing is compared
-    engine.vllm_config.lora_config = object()
-    executor.collective_rpc = lambda method: [None]  # type: ignore[assignment,misc]
-    with pytest.raises(RankError, match="rank 0: not loaded"):
-        agreement.start_engine(lambda: None, engine, (), {})
+    executor.collective_rpc = lambda method: [None]  # type: ignore[assignment,misc,method-assign]
+    shut_down = []
+    executor.shutdown = lambda: shut_down.append(True)  # type: ignore[attr-defined]
+    lora_config = object() if is_on else None
+    engine = SimpleNamespace(
+        vllm_config=SimpleNamespace(lora_config=lora_config), model_executor=executor
+    )
+
+    def start() -> str:
+        return agreement.initialize_kv_caches(lambda: "started", engine, (), {})
+
+    if is_on:
+        with pytest.raises(RankError, match="rank 0: not loaded"):
+            start()
+    else:
+        assert start() == "started"
+    assert shut_down == [True] * is_on
+
+
+def test_workers_of_this_release_have_patches() -> None:
+    pytest.importorskip("vllm")
+    assert "admission" in agreement._expected_patches()

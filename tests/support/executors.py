@@ -1,75 +1,199 @@
-"""Workers, an executor and requests of plain Python, for the tests of the engine room."""
+"""Workers, an executor and an engine of plain Python, for the tests of the engine room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import queue
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_nway_lora.adapters import prepared
 from vllm_nway_lora.adapters.errors import AdapterError
-from vllm_nway_lora.adapters.prepared import get_prepared
-from vllm_nway_lora.engine import loading
+from vllm_nway_lora.adapters.prepared import prepared, take_prepared
+from vllm_nway_lora.engine import loading, requests
 
 
 class Request(SimpleNamespace):
     """Stands in for a ``LoRARequest``."""
 
-    def __init__(self, path: Path | str = "/nowhere", *, number: int = 1, inplace: bool = False):
+    def __init__(
+        self,
+        path: Path | str = "/nowhere",
+        *,
+        number: int = 1,
+        name: str = "",
+        inplace: bool = False,
+    ) -> None:
         super().__init__(
-            lora_name=f"a{number}", lora_int_id=number, lora_path=str(path), load_inplace=inplace
+            lora_name=name or f"a{number}",
+            lora_int_id=number,
+            lora_path=str(path),
+            load_inplace=inplace,
         )
 
 
-class Worker:
-    """A worker and its LoRA manager in one.
+class Adapter:
+    """Stands in for a ``LoRAModel``."""
 
-    ``fails`` is the error of its loads, ``breaks`` the error of its writes, ``adapters`` its content.
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+
+class Worker:
+    """A worker, its LoRA manager of the worker and that of the model, in one.
+
+    Attributes:
+        fails: adapter's path (or ``"*"`` for all) -> the error of its loads.
+        breaks: the error of its writes.
+        models: id -> adapter, the least recently used first.
+        loads: the paths that it has read.
     """
 
-    def __init__(self, fails: str = "", breaks: str = "") -> None:
-        self.fails, self.breaks = fails, breaks
-        self.adapters: dict[int, str] = {}
-        self.loads = 0
+    def __init__(
+        self, fails: str = "", breaks: str = "", capacity: int = 2, slots: int = 2
+    ) -> None:
+        self.fails = {"*": fails} if fails else {}
+        self.breaks, self.capacity, self.lora_slots = breaks, capacity, slots
+        self.models: OrderedDict[int, Adapter] = OrderedDict()
+        self.loads: list[str] = []
+        self._adapter_manager = self
         self.model_runner = SimpleNamespace(lora_manager=self)
 
-    def list_adapters(self) -> set[int]:
-        return set(self.adapters)
+    def list_adapters(self) -> dict[int, Adapter]:
+        return dict(self.models)
 
-    def _load_adapter(self, request: Request) -> str:
-        if self.fails:
-            raise AdapterError(self.fails)
-        self.loads += 1
-        return request.lora_path
+    def _load_adapter(self, request: Request) -> Adapter:
+        taken: Adapter | None = take_prepared(self, request)
+        if taken is not None:
+            return taken
+        error = self.fails.get("*") or self.fails.get(request.lora_path)
+        if error:
+            raise AdapterError(error)
+        self.loads.append(request.lora_path)
+        return Adapter(request.lora_path)
 
     def add_lora(self, request: Request) -> bool:
-        if request.lora_int_id not in self.adapters or request.load_inplace:
-            adapter = get_prepared(self, request)
-            assert adapter is not None
-            self.adapters.pop(request.lora_int_id, None)
+        """Add an adapter as ``LRUCacheWorkerLoRAManager.add_adapter`` does."""
+        number = request.lora_int_id
+        if number not in self.models or request.load_inplace:
+            adapter = self._load_adapter(request)
+            self.models.pop(number, None)
+            if len(self.models) + 1 > self.capacity:
+                self.models.popitem(last=False)
             # As vLLM until 0.32.0: it assigns the slot before it writes it.
-            self.adapters[request.lora_int_id] = adapter
+            self.models[number] = adapter
             if self.breaks:
                 raise MemoryError(self.breaks)
+        self.models.move_to_end(number)
         return True
 
     def remove_adapter(self, number: int) -> bool:
-        return self.adapters.pop(number, None) is not None
+        return self.models.pop(number, None) is not None
+
+    remove_lora = remove_adapter
 
 
 class Executor:
-    def __init__(self, *workers: Worker) -> None:
+    """Calls its workers in turn and counts the calls."""
+
+    def __init__(self, *workers: Worker, max_cpu_loras: int = 2, max_loras: int = 2) -> None:
         self.workers = workers
         self.calls = 0
+        lora_config = SimpleNamespace(max_cpu_loras=max_cpu_loras, max_loras=max_loras)
+        self.vllm_config = SimpleNamespace(lora_config=lora_config)
 
-    def collective_rpc(self, method: Callable[..., Any], args: tuple[Any, ...] = ()) -> list[Any]:
+    def collective_rpc(
+        self, method: Callable[..., Any] | str, args: tuple[Any, ...] = ()
+    ) -> list[Any]:
         self.calls += 1
+        if isinstance(method, str):
+            return [getattr(worker, method)(*args) for worker in self.workers]
         return [method(worker, *args) for worker in self.workers]
 
     def add_lora(self, request: Request) -> bool:
-        return loading.add_lora(None, self, (request,), {})
+        return loading.add_lora(self._stock_add_lora, self, (request,), {})
+
+    def _stock_add_lora(self, request: Request) -> bool:
+        return all(self.collective_rpc("add_lora", (request,)))
+
+    def remove_lora(self, number: int) -> bool:
+        def stock(number: int) -> bool:
+            return all(self.collective_rpc("remove_lora", (number,)))
+
+        return loading.remove_lora(stock, self, (number,), {})
 
     def adapters(self) -> list[dict[int, str]]:
-        assert not any(hasattr(worker, prepared._ATTRIBUTE) for worker in self.workers)
-        return [worker.adapters for worker in self.workers]
+        """Return per worker its adapters' paths; check that none is left prepared."""
+        assert not any(prepared(worker) for worker in self.workers)
+        return [{i: model.path for i, model in w.models.items()} for w in self.workers]
+
+
+class Engine:
+    """An engine core whose scheduler runs requests for as many steps as they ask for.
+
+    Attributes:
+        max_loras: adapters of one step.
+        answers: request's id -> the stop reason of its error.
+    """
+
+    def __init__(self, *workers: Worker, max_loras: int = 2, in_process: bool = False) -> None:
+        self.model_executor = Executor(*workers, max_loras=max_loras)
+        lora_config = self.model_executor.vllm_config.lora_config
+        self.scheduler = SimpleNamespace(
+            running=[], waiting=[], max_num_running_reqs=8, lora_config=lora_config
+        )
+        if not in_process:
+            self.output_queue: queue.Queue[Any] = queue.Queue()
+        self.finished: list[str] = []
+        self._count = 0
+
+    def add_request(self, lora_request: Request | None, steps: int = 1) -> str:
+        self._count += 1
+        request = SimpleNamespace(
+            request_id=f"r{self._count}", client_index=3, lora_request=lora_request, steps=steps
+        )
+        requests.add_request(self.scheduler.waiting.append, self, (request,), {})
+        return request.request_id
+
+    def abort_requests(self, request_ids: Iterable[str]) -> None:
+        for group in (self.scheduler.running, self.scheduler.waiting):
+            group[:] = [request for request in group if request.request_id not in request_ids]
+
+    def step(self) -> None:
+        requests.step(self._stock_step, self, (), {})
+
+    def _stock_step(self) -> None:
+        """Schedule as vLLM does, and have every worker load what it lacks."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        adapters = {r.lora_request.lora_int_id for r in running if r.lora_request}
+        for request in list(waiting):
+            number = request.lora_request and request.lora_request.lora_int_id
+            limit = self.scheduler.lora_config.max_loras
+            if number and number not in adapters and len(adapters) == limit:
+                continue
+            if number:
+                adapters.add(number)
+            waiting.remove(request)
+            running.append(request)
+        for worker in self.model_executor.workers:
+            by_id = {r.lora_request.lora_int_id: r.lora_request for r in running if r.lora_request}
+            for lora_request in by_id.values():
+                worker.add_lora(lora_request)
+        for request in list(running):
+            request.steps -= 1
+            if not request.steps:
+                running.remove(request)
+                self.finished.append(request.request_id)
+
+    def answers(self) -> dict[str, str]:
+        """Return the errors that have been sent to the client: request's id -> stop reason."""
+        found = {}
+        while not self.output_queue.empty():
+            client, outputs = self.output_queue.get_nowait()
+            assert client == 3
+            [output] = outputs.outputs
+            assert str(output.finish_reason) == "error"
+            assert outputs.finished_requests == {output.request_id}
+            found[output.request_id] = output.stop_reason
+        return found

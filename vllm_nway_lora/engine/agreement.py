@@ -3,40 +3,49 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_nway_lora import __version__, settings
+from vllm_nway_lora.compat import groups
+
+Report = tuple[str, str, tuple[str, ...]] | None
 
 
 class RankError(RuntimeError):
     """The ranks of one engine do not run the same plugin."""
 
 
-def start_engine(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> None:
-    """Start the engine, then compare the ranks; wraps ``EngineCore.__init__``.
+def initialize_kv_caches(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """Compare the ranks, then go on; wraps ``EngineCore._initialize_kv_caches``.
+
+    ``EngineCore.__init__`` calls it after it has created the workers. That constructor itself cannot
+    be wrapped: in a spawned engine core it loads the plugin, so it is running already.
 
     Raises:
-        RankError: LoRA is on, and a worker lacks the plugin or has another version or setting.
+        RankError: LoRA is on, and a worker lacks the plugin, or has another version, setting or set
+            of patches.
     """
-    wrapped(*args, **kwargs)
     if engine.vllm_config.lora_config is not None:
         reports = engine.model_executor.collective_rpc(_reporter())
-        message = compare_ranks(reports)
+        message = compare_ranks(reports, _expected_patches())
         if message:
             engine.model_executor.shutdown()
             raise RankError(message)
+    return wrapped(*args, **kwargs)
 
 
-def compare_ranks(reports: Sequence[tuple[str, str, tuple[str, ...]] | None]) -> str:
+def compare_ranks(reports: Sequence[Report], expected: Sequence[str]) -> str:
     """Return how the ranks' reports (see :func:`_reporter`) differ; empty if they agree.
 
     Args:
         reports: per rank ``(plugin version, VLLM_NWAY_LORA, names of patches in place)``, or None
             where the plugin was not loaded.
+        expected: names of the patches that every worker of this release has.
     """
     own = (__version__, settings.read_mode().value)
-    if all(report and report[:2] == own for report in reports) and len(set(reports)) == 1:
+    if all(report and report[:2] == own and set(expected) <= {*report[2]} for report in reports):
         return ""
     ranks = "; ".join(
         f"rank {rank}: "
@@ -49,13 +58,25 @@ def compare_ranks(reports: Sequence[tuple[str, str, tuple[str, ...]] | None]) ->
     )
     return (
         f"vllm-nway-lora differs between the processes of this engine, whose ranks would compute "
-        f"LoRA differently. Engine core: {own[0]} ({settings.VARIABLE}={own[1]}); {ranks}. Install "
-        f"the same version on every node, set {settings.VARIABLE} to the same value, and add nway_lora "
-        "to VLLM_PLUGINS on every node that sets it."
+        f"LoRA differently. Engine core: {own[0]} ({settings.VARIABLE}={own[1]}; patches of a worker: "
+        f"{', '.join(expected)}); {ranks}. Install the same version on every node, set "
+        f"{settings.VARIABLE} to the same value, and add nway_lora to VLLM_PLUGINS on every node that "
+        "sets it."
     )
 
 
-def _reporter() -> Callable[[Any], tuple[str, str, tuple[str, ...]] | None]:
+def _expected_patches() -> list[str]:
+    """Return the names of the patches that every worker with LoRA has on this release."""
+    version = importlib.import_module("vllm").__version__
+    return [
+        patch.name
+        for group in groups.GROUPS
+        if group.anchor == "vllm.lora.worker_manager" and groups.is_needed(group, version)
+        for patch in group.patches
+    ]
+
+
+def _reporter() -> Callable[[Any], Report]:
     # A nested function is pickled by value, so it runs where this package is not installed.
     def report(_worker: Any) -> tuple[str, str, tuple[str, ...]] | None:
         import sys

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine core's knowledge of the adapters that its workers hold, kept without a file or an RPC."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_nway_lora.adapters.prepared import Source
+    from vllm_nway_lora.engine.loading import Reply
+
+_ATTRIBUTE = "_nway_lora_residency"
+
+
+@dataclass
+class Residency:
+    """What is known of an engine's adapters, stored on one attribute of its executor.
+
+    Attributes:
+        capacity: ``--max-cpu-loras``: a worker evicts the least recently used adapter beyond it.
+        ready: id -> adapter that every rank has, resident or prepared: a step can load it without a
+            file.
+        in_use: ids of the running requests' adapters, as of the last look; a worker keeps these.
+        is_stale: an adapter has left ``ready``, and a request that waits or runs may need it.
+        is_relabelled: the prefix cache's label of an adapter has changed, and a waiting request may have
+            been hashed before.
+        is_foreign: the workers have no LoRA manager of vLLM's kind.
+    """
+
+    capacity: int
+    ready: dict[int, Source] = field(default_factory=dict)
+    in_use: Collection[int] = ()
+    is_stale: bool = False
+    is_relabelled: bool = False
+    is_foreign: bool = False
+
+    def is_ready(self, source: Source) -> bool:
+        """Return whether a step can use the adapter without reading a file."""
+        return self.is_foreign or self.ready.get(source.id) == source
+
+    def learn(self, source: Source, replies: Sequence[Reply]) -> None:
+        """Add an adapter that every rank has, and drop those that a rank may evict for it."""
+        held = [{*reply.resident, *reply.prepared} for reply in replies]
+        kept = set.intersection(*held)
+        if any(len(reply.resident) + len(reply.prepared) > self.capacity for reply in replies):
+            # When the prepared adapters become resident, others are evicted.
+            kept &= {*self.in_use, *(i for reply in replies for i in reply.prepared), source.id}
+        before = len(self.ready)
+        self.ready = {i: known for i, known in self.ready.items() if i in kept}
+        self.is_stale |= len(self.ready) < before
+        self.ready[source.id] = source
+
+    def forget(self, lora_id: int) -> None:
+        """Drop one adapter."""
+        self.is_stale |= self.ready.pop(lora_id, None) is not None
+
+    def forget_all(self) -> None:
+        """Drop every adapter: somebody else has called the workers."""
+        self.is_stale |= bool(self.ready)
+        self.ready.clear()
+
+
+def get_residency(executor: Any) -> Residency:
+    """Return an executor's record, created if need be."""
+    residency: Residency | None = getattr(executor, _ATTRIBUTE, None)
+    if residency is None:
+        lora_config = executor.vllm_config.lora_config
+        residency = Residency(lora_config.max_cpu_loras or lora_config.max_loras)
+        setattr(executor, _ATTRIBUTE, residency)
+    return residency
+
+
+def find_residency(executor: Any) -> Residency | None:
+    """Return an executor's record; None if no adapter has been used."""
+    residency: Residency | None = getattr(executor, _ATTRIBUTE, None)
+    return residency
