@@ -95,8 +95,9 @@ def _is_packed(adapter: Any) -> bool:
 
 
 def _is_zero(adapter: Any) -> bool:
-    """Return whether an adapter is zero, as the dummies of vLLM's warm-up are (their shapes are not
-    those of an adapter: see ``create_dummy_lora``, vllm/lora/model_manager.py).
+    """Return whether an adapter is zero, as the dummies of vLLM's warm-up are.
+
+    A dummy has one TP rank's shapes (``create_dummy_lora``, vllm/lora/model_manager.py).
     """
     halves = [half for w in adapter.loras.values() for half in (w.lora_a, w.lora_b)]
     return bool(halves) and not any(half is not None and half.any() for half in halves)

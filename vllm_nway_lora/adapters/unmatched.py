@@ -42,7 +42,7 @@ def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> 
         if any(_is_inside(manager, adapter, module, weights, path) for path in absent):
             found.elsewhere.append(module)
             continue
-        if _is_zero(weights) or _is_shared(layers, module):
+        if _is_zero(weights) or _uses_other_layer(layers, module):
             continue
         names = [module, *_fused_paths(manager.packed_modules_mapping, module)]
         path = next((name for name in names if name in layers), None)
@@ -70,10 +70,11 @@ def _is_zero(weights: Any) -> bool:
     return any(half is not None and not half.any() for half in (weights.lora_a, weights.lora_b))
 
 
-def _is_shared(layers: Mapping[str, Any], module: str) -> bool:
-    """Return whether a module is a K or V projection of an attention that uses another layer's.
+def _uses_other_layer(layers: Mapping[str, Any], module: str) -> bool:
+    """Return whether a module is the K or V projection of an attention with another layer's K and V.
 
-    Gemma 4's last layers have no such projection from 0.30.0 on; older transformers do.
+    vLLM's Gemma 4 has no such projections from 0.30.0 on (vllm-project/vllm#54917), older
+    transformers do.
     """
     parent, _, name = module.rpartition(".")
     return (
