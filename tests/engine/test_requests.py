@@ -228,3 +228,18 @@ def test_files_are_listed(folder: Path) -> None:
     [(name, size, _)] = loading.list_files(str(folder)) or ()
     assert (name, size) == ("adapter_model.safetensors", 3)
     assert loading.list_files(str(folder / "nowhere")) is None
+
+
+def test_listing_depends_on_names_sizes_and_times(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    seen = [loading.list_files(str(folder))]
+    file.write_text("longer")
+    os.utime(file, ns=(0, 0))
+    seen.append(loading.list_files(str(folder)))
+    os.utime(file, ns=(0, 1))
+    seen.append(loading.list_files(str(folder)))
+    (folder / "other").write_text("")
+    assert loading.list_files(str(folder)) == seen[-1]
+    (folder / "adapter_config.json").write_text("")
+    seen.append(loading.list_files(str(folder)))
+    assert len({repr(files) for files in seen}) == 4

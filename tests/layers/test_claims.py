@@ -256,6 +256,20 @@ def test_layer_with_one_refused_module_serves_the_other() -> None:
     assert [(part.rows, part.width) for part in plan.slices] == [(32, 16), (16, 8)]
 
 
+@pytest.mark.parametrize(
+    "note", [{"refusals": {"gate_proj": "because"}}, {"source_rows": {0: torch.arange(15, -1, -1)}}]
+)
+def test_pair_with_a_note_is_served(note: dict[str, Any]) -> None:
+    layer = build(MergedColumnParallelLinear, (16, 16), disable_tp=True)
+    set_notes(layer, **note)
+    plan = plan_for(layer, PAIR)
+    assert refused_modules(plan) == note.get("refusals", {})
+    assert plan is not None
+    gate, up = (part.local.tolist() for part in plan.slices)
+    assert gate == (list(range(15, -1, -1)) if "source_rows" in note else list(range(16)))
+    assert up == list(range(16))
+
+
 def test_layer_with_every_module_refused_gives_the_reasons() -> None:
     """Also if which outputs each module covers is not known."""
     layer = build(MergedColumnParallelLinear, QKVZ, "unknown")

@@ -157,9 +157,7 @@ def test_expand_begins_at_its_offset(punica: PunicaWrapperCPU, slots: tuple[int,
     ours, theirs = y.clone(), y.clone()
     layers.map_tokens(punica, slots)
     for wrapper, output in ((GroupedPunica(punica), ours), (punica, theirs)):
-        wrapper.add_expand(
-            output, buffers, given["lora_b_stacked"], WIDTHS, offset_start=offset, add_inputs=True
-        )
+        wrapper.add_expand(output, buffers, given["lora_b_stacked"], WIDTHS, offset_start=offset)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert torch.equal(ours[:, :offset], y[:, :offset])
     assert torch.equal(ours[:, -behind:], y[:, -behind:])

@@ -72,15 +72,18 @@ def _check_rank(
 ) -> None:
     """Load the adapter on one rank of one side; add its rows and worsen its verdicts."""
     manager = rank.lora_manager
+    # The class's method is vLLM's own. Admission, which guards instances, is `examine` below.
     load = type(rank.worker_manager)._load_adapter
-    load = getattr(
-        load, "__wrapped__", load
-    )  # vLLM's own; `examine` below does what admission does
     try:
         adapter = load(rank.worker_manager, LoRARequest("adapter", 1, str(folder)))
     except Exception as error:
         whole.worsen(Outcome.REFUSED, format_error(error))
         return
+    for weights in adapter.loras.values():
+        # The zeros stand for values that were not read. A module that really is zero is no loss.
+        for half in (weights.lora_a, weights.lora_b):
+            if half is not None and half.numel():
+                half[(0,) * half.ndim] = 1
     used: set[int] = set()
     for name, layer in manager.modules.items():
         weights_of = weights_for_layer(manager, adapter, name, layer)

@@ -13,11 +13,7 @@ import vllm
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 from vllm.model_executor import custom_op
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.compat import defects
@@ -58,7 +54,7 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
     try:
         if isinstance(layer, MergedColumnParallelLinear) or notes.source_rows:
             return _plan_merged(layer, packed_modules, notes)
-        if len(modules) == 1 and not isinstance(layer, QKVParallelLinear):
+        if len(modules) == 1:
             return _plan_single(layer, modules, notes)
     except PlanError as error:
         if settings.read_mode() is settings.Mode.STRICT:
