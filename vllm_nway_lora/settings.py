@@ -51,7 +51,9 @@ def declare_to_vllm() -> None:
 
 
 def _declare(envs: ModuleType) -> None:
-    envs.environment_variables[VARIABLE] = _cache_key
+    # A release without that table must still be importable.
+    variables = getattr(envs, "environment_variables", {})
+    variables[VARIABLE] = _cache_key
 
 
 def _cache_key() -> str:

@@ -40,8 +40,8 @@ def compare_ranks(reports: Sequence[Report], expected: Sequence[str]) -> str:
     """Return how the ranks' reports (see :func:`_reporter`) differ; empty if they agree.
 
     Args:
-        reports: per rank ``(plugin version, VLLM_NWAY_LORA, names of patches in place)``, or None
-            where the plugin was not loaded.
+        reports: per rank ``(plugin version, VLLM_NWAY_LORA, names of its patches)``, or None where
+            the plugin was not loaded.
         expected: names of the patches that every worker of this release has.
     """
     own = (__version__, settings.read_mode().value)
@@ -86,6 +86,7 @@ def _reporter() -> Callable[[Any], Report]:
         if package is None or registration is None:
             return None
         mode = sys.modules["vllm_nway_lora.settings"].read_mode().value
-        return package.__version__, mode, tuple(patch.name for patch in registration.applied())
+        # Not `applied`: a package that has replaced a target on every rank is no difference.
+        return package.__version__, mode, tuple(patch.name for patch in registration.placed())
 
     return report
