@@ -10,8 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from support.adapters import prompts
+from support.processes import run_module
 from support.server import engine_environment
 
 TIMEOUT = 900  # seconds
@@ -55,24 +54,7 @@ def run_scenarios(
         shutil.copytree(adapter, folder / name)
     job = {"checkpoint": str(checkpoint), "folder": str(folder), "records": f"{log}.json"}
     environment = engine_environment(plugin, 1) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "support.behaviour", json.dumps(job)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TIMEOUT)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode:
-        raise RuntimeError(log.read_text()[-4000:])
+    run_module("support.behaviour", job, log, environment, TIMEOUT)
     found = json.loads(Path(job["records"]).read_text())
     return {name: Record(**record) for name, record in found.items()}
 

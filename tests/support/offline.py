@@ -6,16 +6,14 @@ manager, workers, executor and warm-up are the release's own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from support.adapters import Answer
+from support.processes import run_module
 from support.server import NEW_TOKENS, engine_environment
 
 TIMEOUT = 1200  # seconds
@@ -53,24 +51,7 @@ def complete_with_adapters(
         # A process that has run a parallel region cannot be forked (libgomp).
         "OMP_NUM_THREADS": "1",
     }
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "support.offline", json.dumps(job)],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(TIMEOUT)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if process.returncode:
-        raise RuntimeError(log.read_text()[-4000:])
+    run_module("support.offline", job, log, environment, TIMEOUT)
     found = json.loads(Path(job["answers"]).read_text())
     return {
         name: answer if isinstance(answer, str) else Answer(**answer)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 #: Seconds. Only a process that hangs takes that long: one that imports vLLM takes 10 to 60 seconds of
@@ -49,3 +52,38 @@ def evaluate(code: str, *arguments: str, **environment: str | None) -> Any:
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_module(
+    module: str, job: dict[str, Any], log: Path, environment: dict[str, str], limit: float
+) -> None:
+    """Run a module with ``job`` as JSON in a child process, and end every process that it started.
+
+    Args:
+        module: the module's name; ``job`` is its only argument.
+        job: what the module has to do.
+        log: the file for its output.
+        environment: its whole environment.
+        limit: seconds.
+
+    Raises:
+        RuntimeError: it failed or did not end; the message is the end of its log.
+    """
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, json.dumps(job)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(limit)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if process.returncode:
+        raise RuntimeError(log.read_text()[-4000:])
