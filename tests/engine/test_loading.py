@@ -50,6 +50,14 @@ def test_failed_write_on_one_rank_removes_adapter_from_all_ranks(
     assert executor.adapters() == [{}, {}]
 
 
+def test_added_adapter_makes_vllm_compute_the_token_mapping_again() -> None:
+    """Until 0.25.1 vLLM keeps it although the slots have changed (vllm-project/vllm#47724)."""
+    worker = Worker()
+    worker._last_mapping = "of the last batch"  # type: ignore[attr-defined]
+    Executor(worker).add_lora(Request("/a"))
+    assert worker._last_mapping is None  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("other", [{"name": "b"}, {"path": "/b"}])
 def test_id_of_another_adapter_is_refused(other: dict[str, str]) -> None:
     executor = Executor(Worker(), Worker())

@@ -59,6 +59,15 @@ def test_waiting_adapters_take_no_more_memory_than_the_slots() -> None:
     assert not worker.models
 
 
+def test_prepared_adapters_of_requests_that_have_gone_are_dropped() -> None:
+    worker = Worker(slots=2)
+    engine = Engine(worker)
+    gone = [engine.add_request(Request(f"/{number}", number=number)) for number in (1, 2)]
+    engine.abort_requests(gone)
+    engine.add_request(Request("/3", number=3))
+    assert [source.path for source in prepared(worker)] == ["/3"]
+
+
 def test_running_adapter_needs_no_file() -> None:
     """Its folder is deleted while it runs, and another adapter's request arrives."""
     worker = Worker(capacity=1, slots=1)
@@ -151,19 +160,20 @@ def test_call_of_the_workers_is_followed_by_one_look() -> None:
     assert engine.answers() == {lost: f"{requests.REFUSED}gone"}
 
 
-def test_load_inplace_replaces_once_and_evicts_nothing() -> None:
+@pytest.mark.parametrize("path", ["/new", "/1"])
+def test_load_inplace_replaces_once_and_evicts_nothing(path: str) -> None:
     worker = Worker(capacity=2)
     engine = Engine(worker)
     for number in (1, 2):
         engine.add_request(Request(f"/{number}", number=number), steps=4)
     engine.step()
-    request = Request("/new", number=1, name="a1", inplace=True)
+    request = Request(path, number=1, name="a1", inplace=True)
     engine.add_request(request)
     assert not request.load_inplace
     for _ in range(4):
         engine.step()
-    assert worker.loads == ["/1", "/2", "/new"]
-    assert {i: model.path for i, model in worker.models.items()} == {1: "/new", 2: "/2"}
+    assert worker.loads == ["/1", "/2", path]
+    assert {i: model.path for i, model in worker.models.items()} == {1: path, 2: "/2"}
 
 
 def test_refused_load_inplace_keeps_the_old_adapter() -> None:
