@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from support import manager, mutations, tiny
+from support import embeddings, manager, mutations, tiny
 from support.ranks import Ranks
 from support.tiny import PREFIX, RANK, SHAPES
 
@@ -19,6 +19,9 @@ INPUT, HEAD, EMBED = (
     f"{LAYER}mlp.input_linear",
     f"{PREFIX}lm_head",
     f"{PREFIX}model.embed_tokens.lora_embedding_",
+)
+EMBED_BASE, HEAD_BASE = (
+    f"{PREFIX}{m}.base_layer.weight" for m in ("model.embed_tokens", "lm_head")
 )
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -86,6 +89,15 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor | None], dict[str, Any], str]] =
     "one place twice": ({Q.removeprefix(PREFIX) + A: ones(4, 32)}, {}, "are both LoRA-A of module model.layers.0.self_attn.q_proj"),
     "no such layer": (pair(f"{PREFIX}model.layers.7.self_attn.q_proj", 32, 32), {}, "module model.layers.7.self_attn.q_proj: this model has no such layer"),
     "no such module": (pair(f"{LAYER}linear_attn.q_proj", 32, 32), {}, "layers.0.linear_attn.q_proj: this model has no such layer"),
+    "trained embedding": ({EMBED_BASE: ones(64, 32)}, {}, f"tensor {EMBED_BASE} (64, 32) differs from the model's own weight (64, 32), and vLLM would ignore it"),
+    "more tokens": ({EMBED_BASE: ones(70, 32)}, {}, f"tensor {EMBED_BASE} (70, 32) differs from the model's own weight (64, 32)"),
+    "trained lm_head": ({HEAD_BASE: ones(64, 32)}, {}, f"tensor {HEAD_BASE} (64, 32) differs from the model's own"),
+    "trained lm_head without LoRA": ({HEAD_BASE: ones(64, 32), HEAD + A: None, HEAD + B: None}, {}, f"tensor {HEAD_BASE} (64, 32) is not a LoRA tensor"),
+    "base weight of a projection": ({f"{Q}.base_layer.weight": ones(32, 32)}, {}, "layers.0.self_attn.q_proj.base_layer.weight is unsupported"),
+    "lm_head saved whole": ({f"{HEAD}.weight": ones(64, 32)}, {}, "lm_head.weight is unsupported"),
+    "lm_head saved whole, by a wrapper": ({f"{HEAD}.modules_to_save.weight": ones(64, 32)}, {}, "lm_head.modules_to_save.weight is unsupported"),
+    "X-LoRA": ({}, {"peft_type": "XLORA"}, "adapter_config.json has peft_type='XLORA'"),
+    "Arrow": ({}, {"arrow_config": {"top_k": 3}}, "adapter_config.json has arrow_config={'top_k': 3}"),
     "unknown suffix": (pair(f"{LAYER}mlp.x_proj", 32, 32), {}, "ValueError: While loading"),
     "DoRA": ({}, {"use_dora": True}, "DoRA"),
     "rank above the limit": ({}, {"r": 16}, "16 is greater than max_lora_rank"),
@@ -167,6 +179,25 @@ def test_bias_in_the_configuration_alone_is_served(ranks: Ranks, tmp_path: Path,
     folder = tiny.save(tmp_path / "b", tiny.tensors(0) | {name: ones(32)}, tiny.config(bias=bias))
     for error in ranks.run(manager.add, "b", 2, folder):
         assert "self_attn.q_proj.bias" in error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unchanged_copies_of_base_weights_are_served(
+    ranks: Ranks, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """PEFT saves the base weight of an embedding that has LoRA (``save_embedding_layers``)."""
+    ranks.run(manager.start)
+    whole = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    ranks.run(embeddings.load, whole)
+    copies = {EMBED_BASE: whole.to(dtype), HEAD_BASE: whole.to(dtype).clone()}
+    folder = tiny.save(tmp_path / "a", tiny.tensors(0) | copies)
+    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+    assert all(ranks.run(manager.is_exact, 1, folder))
+    copies[HEAD_BASE][-1, -1] += 1  # on the last rank only
+    folder = tiny.save(tmp_path / "b", tiny.tensors(0) | copies)
+    errors = ranks.run(manager.add, "b", 2, folder)
+    assert f"tensor {HEAD_BASE} (64, 32) differs" in errors[-1]
+    assert not any(errors[:-1])
 
 
 def test_rank_equal_to_the_limit_is_exact(ranks: Ranks, tmp_path: Path) -> None:

@@ -2,105 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-import torch
-from support.moe import EXPERTS, HIDDEN, INTERMEDIATE, PATH, RANK, Experts, Tensors
+from support.moe import (
+    DOWN,
+    EXPERTS,
+    GATE_UP,
+    HIDDEN,
+    INTERMEDIATE,
+    PATH,
+    RANK,
+    A,
+    B,
+    Experts,
+    Tensors,
+    assert_exact,
+    deep,
+    expect_flat,
+    expect_per_expert,
+    expect_shared,
+    flat,
+    integers,
+    per_expert,
+    shared,
+)
 from vllm.lora.lora_weights import PackedLoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
-
-import vllm_nway_lora
-
-A, B = "lora_A.weight", "lora_B.weight"
-DOWN, GATE_UP = ".", ".base_layer."
 
 HAS_MIXED = hasattr(LoRAModelManager, "_convert_3d_to_2d_moe_lora")
 HAS_SHARED = hasattr(PackedLoRALayerWeights, "pack_moe_stacked")
 HAS_EXPERT_PARALLEL = hasattr(LoRAModelManager, "_restrict_to_local_experts")
 
 
-@pytest.fixture(autouse=True)
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Turn the plugin on; it applies its patches where the worker's manager is imported."""
-    import vllm.lora.worker_manager  # noqa: F401
-
-    monkeypatch.setenv("VLLM_NWAY_LORA", "1")
-    vllm_nway_lora.register()
-    yield
-    vllm_nway_lora.unregister()
-
-
-def integers(*shape: int) -> torch.Tensor:
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(sum(shape))).float()
-
-
-def flat(experts: int = EXPERTS, rank: int = RANK) -> Tensors:
-    """Return the tensors of PEFT's ``target_parameters``."""
-    return {
-        f"{GATE_UP}{A}": integers(experts * rank, HIDDEN),
-        f"{GATE_UP}{B}": integers(2 * INTERMEDIATE, rank * experts),
-        f"{DOWN}{A}": integers(experts * rank, INTERMEDIATE),
-        f"{DOWN}{B}": integers(HIDDEN, rank * experts),
-    }
-
-
-def deep(experts: int = EXPERTS, rank: int = RANK) -> Tensors:
-    """Return the same tensors as Megatron-Bridge writes them, with three dimensions."""
-    return {
-        name: t.reshape(experts, rank, -1) if name.endswith(A) else t.reshape(-1, rank, experts)
-        for name, t in flat(experts, rank).items()
-    }
-
-
-def per_expert(gated: bool = True, rank: int = RANK) -> Tensors:
-    kinds = {
-        "up_proj": (HIDDEN, INTERMEDIATE),
-        "down_proj": (INTERMEDIATE, HIDDEN),
-    } | ({"gate_proj": (HIDDEN, INTERMEDIATE)} if gated else {})
-    return {
-        f".{expert}.{kind}.{half}": integers(*shape) + expert
-        for expert in range(EXPERTS)
-        for kind, (columns, rows) in kinds.items()
-        for half, shape in ((A, (rank, columns)), (B, (rows, rank)))
-    }
-
-
-def shared() -> Tensors:
-    """Return tensors with the outer matrices shared by all experts."""
-    columns = {1: HIDDEN, 2: INTERMEDIATE, 3: HIDDEN}
-    rows = {1: INTERMEDIATE, 2: HIDDEN, 3: INTERMEDIATE}
-    return {f".w{n}.{A}": integers(1 if n != 2 else EXPERTS, RANK, columns[n]) for n in columns} | {
-        f".w{n}.{B}": integers(1 if n == 2 else EXPERTS, rows[n], RANK) for n in rows
-    }
-
-
-def expect_flat(tensors: Tensors) -> list[torch.Tensor]:
-    """Return each expert's delta: A's rows are ordered by expert, B's columns by rank (PEFT)."""
-    return [
-        2
-        * torch.einsum(
-            "ore,eri->eoi",
-            tensors[f"{part}{B}"].reshape(-1, RANK, EXPERTS),
-            tensors[f"{part}{A}"].reshape(EXPERTS, RANK, -1),
-        )
-        for part in (GATE_UP, DOWN)
-    ]
-
-
-def expect_per_expert(tensors: Tensors, first: tuple[str, ...]) -> list[torch.Tensor]:
-    def stack(kind: str) -> torch.Tensor:
-        return torch.stack(
-            [2 * tensors[f".{e}.{kind}.{B}"] @ tensors[f".{e}.{kind}.{A}"] for e in range(EXPERTS)]
-        )
-
-    return [torch.cat([stack(kind) for kind in first], 1), stack("down_proj")]
-
-
-def assert_exact(experts: Experts, tensors: Tensors, expected: list[torch.Tensor]) -> None:
-    assert experts.add(tensors) == ""
-    for found, wanted in zip(experts.deltas(), expected, strict=True):
-        assert torch.equal(found, wanted)
+pytestmark = pytest.mark.usefixtures("plugin")
 
 
 @pytest.mark.parametrize("tensors", [flat, deep])
@@ -146,11 +81,7 @@ def test_experts_of_a_rank_are_exact(ep_rank: int) -> None:
 @pytest.mark.skipif(not HAS_SHARED, reason="no shared experts' tensors")
 def test_shared_tensors_are_exact_and_flat_ones_refused() -> None:
     tensors = shared()
-    expected = [
-        2 * torch.cat([tensors[f".w{n}.{B}"] @ tensors[f".w{n}.{A}"] for n in (1, 3)], 1),
-        2 * tensors[f".w2.{B}"] @ tensors[f".w2.{A}"],
-    ]
-    assert_exact(Experts(shared=True), tensors, expected)
+    assert_exact(Experts(shared=True), tensors, expect_shared(tensors))
     tensors = {name: t[0] for name, t in tensors.items()}
     assert "expected tensors of 3 dimensions" in Experts(shared=True).add(tensors)
 
@@ -172,6 +103,10 @@ def with_one_wider(tensors: Tensors) -> Tensors:
 
 
 EXPECTED = f"of {EXPERTS} experts of rank {RANK}"
+WIDER = (
+    f"module {PATH}.2.up_proj (layer {PATH}, FusedMoEWithLoRA): expected LoRA-A (r, 32) and LoRA-B "
+    "(16, r), found (4, 33) and (16, 4)"
+)
 
 #: Case -> arguments of `Experts`, tensors, a part of the error.
 REFUSED: dict[str, tuple[dict[str, bool], Tensors, str]] = {
@@ -225,11 +160,11 @@ REFUSED: dict[str, tuple[dict[str, bool], Tensors, str]] = {
         f"module {PATH}.6.up_proj: this model has no such layer",
     ),
     "other rank": ({}, per_expert(rank=2 * RANK), "says rank 4, found LoRA-A (8, 32)"),
-    "one expert wider": ({}, with_one_wider(per_expert()), "experts have different shapes"),
+    "one expert wider": ({}, with_one_wider(per_expert()), WIDER),
     "one expert wider, not gated": (
         {"gated": False},
         with_one_wider(per_expert(gated=False)),
-        "experts have different shapes",
+        WIDER,
     ),
     "3-D per expert": (
         {},
