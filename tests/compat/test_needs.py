@@ -25,6 +25,7 @@ ROOMS = ("adapters", "engine", "layers", "models", "rows")
 VLLM_MODULES = (
     "vllm.lora.layers.vocab_parallel_embedding",
     "vllm.lora.punica_wrapper.punica_base",
+    "vllm.model_executor.layers.fused_moe.modular_kernel",
     "vllm.v1.engine.core_client",
     "vllm.v1.worker.worker_base",
 )
@@ -33,9 +34,14 @@ VLLM_MODULES = (
 EXCEPTIONS = {
     "cache": "functools.cache",
     "capacity": "of `Residency`",
-    "impl": "torch.library.Library.impl",
+    "config": "of a model, read with a default",
+    "kwargs": "of `Call`",
+    "load_weights": "every model class has it",
     "module": "of `Slice`",
+    "moe_config": "of a layer of experts, whose class differs between releases",
     "path": "of `Source`",
+    "popleft": "of `collections.deque`",
+    "prepare": "of the files of single models",
     "ready": "of `Residency`",
     "run": "of `Slice`",
     "stat": "os.DirEntry.stat",
@@ -108,7 +114,15 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[str, str]]:
 
 def others_names() -> set[str]:
     """Return the attributes of torch and of Python's own classes, which need no entry."""
-    owners = (torch, torch.Tensor, torch.nn, torch.nn.functional, torch.nn.Module)
+    owners = (
+        torch,
+        torch.finfo,
+        torch.library.Library,
+        torch.Tensor,
+        torch.nn,
+        torch.nn.functional,
+        torch.nn.Module,
+    )
     builtin = (str, list, dict, set, tuple, int, Exception, logging.Logger)
     return {name for owner in (*owners, *builtin) for name in dir(owner)}
 

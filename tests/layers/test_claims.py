@@ -20,8 +20,9 @@ from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
 from vllm_nway_lora.layers import claims
 from vllm_nway_lora.layers.claims import plan_for
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
+from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import set_notes
-from vllm_nway_lora.rows.plan import FusionPlan, PlanError
+from vllm_nway_lora.rows.plan import FusionPlan
 
 QKVZ = (8, 8, 16, 16)
 MODULES = ["in_proj_qkv", "in_proj_z"]
@@ -256,18 +257,13 @@ def test_layer_with_one_refused_module_serves_the_other() -> None:
     assert [(part.rows, part.width) for part in plan.slices] == [(32, 16), (16, 8)]
 
 
-@pytest.mark.parametrize(
-    "note", [{"refusals": {"gate_proj": "because"}}, {"source_rows": {0: torch.arange(15, -1, -1)}}]
-)
-def test_pair_with_a_note_is_served(note: dict[str, Any]) -> None:
+def test_pair_with_a_refused_module_is_served() -> None:
     layer = build(MergedColumnParallelLinear, (16, 16), disable_tp=True)
-    set_notes(layer, **note)
+    set_notes(layer, refusals={"gate_proj": "because"})
     plan = plan_for(layer, PAIR)
-    assert refused_modules(plan) == note.get("refusals", {})
+    assert refused_modules(plan) == {"gate_proj": "because"}
     assert plan is not None
-    gate, up = (part.local.tolist() for part in plan.slices)
-    assert gate == (list(range(15, -1, -1)) if "source_rows" in note else list(range(16)))
-    assert up == list(range(16))
+    assert [part.local.tolist() for part in plan.slices] == [list(range(16))] * 2
 
 
 def test_layer_with_every_module_refused_gives_the_reasons() -> None:

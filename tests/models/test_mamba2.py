@@ -1,4 +1,4 @@
-"""Mamba2's mixer with a quantised ``in_proj``, and the weight loader that it sets on its weight."""
+"""Mamba2's mixer: built with a quantised ``in_proj``, and the rows of ``in_proj`` in a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 import vllm_nway_lora
 from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
-from vllm_nway_lora.layers.claims import plan_for
 from vllm_nway_lora.models import mamba2
+from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import LayerNotes, get_notes
-from vllm_nway_lora.rows.plan import FusionPlan, PlanError
 
 HIDDEN, INNER, STATE, HEADS = 16, 32, 8, 4
 
@@ -118,45 +117,27 @@ def test_quantised_mixer_is_built(build: Callable[..., Any], lora: bool, plugin:
     assert get_notes(mixer.in_proj) == LayerNotes()
 
 
-def describe(plan: FusionPlan | None) -> list[Any]:
-    assert plan is not None
-    return [(p.module, p.rows, p.width, p.offset, p.local.tolist()) for p in plan.slices]
-
-
-@pytest.mark.parametrize(("groups", "size"), [(1, 1), (2, 1), (2, 2)])
-def test_quantised_layer_is_served_by_the_same_rows(
+@pytest.mark.parametrize(("groups", "size"), [(1, 1), (1, 2), (2, 2)])
+def test_rows_of_a_checkpoint_count_a_group_once(
     build: Callable[..., Any], groups: int, size: int
 ) -> None:
-    plans = []
-    for packed in (False, True):
-        layer = build(groups=groups, size=size, packed=packed, lora=True).in_proj
-        with Rank(StandInGroup(0, size), VllmConfig()).current():
-            plans.append(describe(plan_for(layer, [])))
-    assert plans[0] == plans[1]
-    [(_, rows, width, _, local)] = plans[0]
-    assert rows == 2 * INNER + 2 * groups * STATE + HEADS
-    assert width == len(local) == rows // size
+    """With one group on two ranks each rank holds the group, and the layer counts it twice."""
+    layer = build(groups=groups, size=size, packed=False, lora=True).in_proj
+    with Rank(StandInGroup(0, size), VllmConfig()).current():
+        assert mamba2.checkpoint_rows(layer) == 2 * INNER + 2 * groups * STATE + HEADS
+    assert (layer.output_size > 2 * INNER + 2 * groups * STATE + HEADS) == (groups < size)
 
 
-def test_loader_is_noted_with_lora_only(build: Callable[..., Any]) -> None:
-    """With one group on two ranks, each rank holds the group: a loader of the mixer's own places it."""
-    mixers = {lora: build(groups=1, size=2, packed=False, lora=lora) for lora in (False, True)}
-    assert get_notes(mixers[False].in_proj) == LayerNotes()
-    assert (
-        get_notes(mixers[True].in_proj).weight_loader is mixers[True].in_proj.weight.weight_loader
-    )
-    assert get_notes(build(groups=2, size=2, packed=False, lora=True).in_proj) == LayerNotes()
+def test_rows_of_other_layers_are_those_of_the_layer() -> None:
+    def load(parameter: Any, weight: torch.Tensor) -> None:
+        parameter.data.copy_(weight)
 
-
-def test_nothing_is_noted_outside_of_an_engine(build: Callable[..., Any]) -> None:
-    """Without a current configuration, vLLM's other function for it raises an error."""
-    mixer = SimpleNamespace()
-    calls = []
-    mamba2.save_weight_loader(lambda *args, **kwargs: calls.append((args, kwargs)), mixer, (1,), {})
-    assert calls == [((1,), {})]
-    with Rank(StandInGroup(0, 1), configure(lora=True)).current():
-        mamba2.save_weight_loader(lambda: None, mixer, (), {})
-    assert vars(mixer) == {}
+    layer: Any = SimpleNamespace(weight=SimpleNamespace(), output_size=24, prefix="proj")
+    assert mamba2.checkpoint_rows(layer) == 24
+    layer.weight.weight_loader = load
+    assert mamba2.checkpoint_rows(layer) == 24  # a replicated layer has no rank
+    layer.tp_rank, layer.tp_size, layer.output_size_per_partition = 0, 2, 12
+    assert mamba2.checkpoint_rows(layer) == 24  # the loader cannot be built for rank 1
 
 
 def make_loader(tp_rank: int, tp_size: int) -> Callable[..., Any]:
@@ -174,7 +155,7 @@ def make_loader_of_more(tp_rank: int, tp_size: int) -> Callable[..., Any]:
 
 def test_loader_is_built_for_another_rank() -> None:
     layer: Any = SimpleNamespace(tp_rank=0, prefix="model.layers.0.mamba.in_proj")
-    loader = mamba2.loader_for_rank(layer, make_loader(0, 2), 1)
+    loader = mamba2._loader_for_rank(layer, make_loader(0, 2), 1)
     assert loader("weight") == (1, 2, ("weight",))
 
 
@@ -187,6 +168,6 @@ def test_loader_is_built_for_another_rank() -> None:
 )
 def test_loader_of_another_kind_serves_its_own_rank_only(loader: Any, words: str) -> None:
     layer: Any = SimpleNamespace(tp_rank=0, prefix="model.layers.0.mamba.in_proj")
-    assert mamba2.loader_for_rank(layer, loader, 0) is loader
+    assert mamba2._loader_for_rank(layer, loader, 0) is loader
     with pytest.raises(PlanError, match=words):
-        mamba2.loader_for_rank(layer, loader, 1)
+        mamba2._loader_for_rank(layer, loader, 1)

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_nway_lora.rows.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
+from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.plan import (
+    FusionPlan,
+    Output,
+    build_plan,
+    build_traced_plan,
+    refuse_all,
+)
+from vllm_nway_lora.rows.trace import Held
 
 #: Qwen3.5's fused projection: the outputs of each module.
 QKVZ = {"in_proj_qkv": (0, 1, 2), "in_proj_z": (3,)}
@@ -193,3 +201,61 @@ def test_plan_can_refuse_one_module_and_place_the_others() -> None:
     for rows in ([None, 2], [4, 2]):
         with pytest.raises(PlanError, match="^module y of fused: because$"):
             validate(plan, rows)
+
+
+def hold(*rows: int, size: int = 4, columns: int = 2) -> Held:
+    return Held(size, torch.tensor(rows), torch.arange(columns))
+
+
+def describe(plan: FusionPlan) -> list[tuple[str, int, int, list[int]]]:
+    return [(part.module, part.width, part.offset, part.local.tolist()) for part in plan.slices]
+
+
+def test_traced_plan_follows_the_order_of_the_rows() -> None:
+    held = {"q": hold(2, 3, -1, -1, -1), "k": hold(-1, -1, 1, 0, -1)}
+    plan = build_traced_plan("qk", ["q", "k"], held)
+    assert describe(plan) == [("q", 2, 0, [2, 3]), ("k", 3, 0, [1, 0])]
+    assert plan.sources == ()
+
+
+def test_region_of_a_module_without_a_weight_is_filled_by_another() -> None:
+    held = {"q": hold(0, 1, -1, -1, -1, -1), "k": hold(-1, -1, 0, 1, 0, 1, size=2)}
+    regions = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    plan = build_traced_plan("qkv", ["q", "k", "v"], held, regions)
+    assert describe(plan)[1:] == [("k", 2, 0, [0, 1]), ("v", 2, 0, [0, 1])]
+    assert [plan.source(number) for number in range(3)] == [0, 1, 1]
+    a, b = torch.ones(1, 2), torch.ones(2, 1)
+    plan.validate([None, a, None], [None, b, None], columns=2, max_rank=1)
+    with pytest.raises(
+        PlanError, match="module v of qkv: a checkpoint has no weight of this module"
+    ):
+        plan.validate([None, None, a], [None, None, b], columns=2, max_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        (
+            {"x": hold(0, -1, 1, -1), "y": hold(-1, 0, -1, -1)},
+            "does not load x into one run of rows",
+        ),
+        ({"x": hold(0, 1, -1, -1), "y": hold(-1, 0, 1, -1)}, "loads y into the rows of x"),
+        ({"x": hold(-1, -1, 0, 1), "y": hold(0, 1, -1, -1)}, "overlap others or are out of order"),
+        ({"x": hold(0, 1, -1, -1)}, "does not load y into one run of rows"),
+    ],
+)
+def test_trace_that_slices_cannot_describe_raises_error(held: dict[str, Held], words: str) -> None:
+    with pytest.raises(PlanError, match=f"fused: .*{words}"):
+        build_traced_plan("fused", ["x", "y"], held)
+
+
+def test_reordered_columns_raise_error() -> None:
+    held = {"x": Held(2, torch.arange(2), torch.tensor([1, 0]))}
+    with pytest.raises(PlanError, match="its model reorders the columns of x"):
+        build_traced_plan("fused", ["x"], held)
+
+
+def test_rows_outside_of_every_region_raise_error() -> None:
+    held = {"x": hold(0, 1, 2, -1), "y": hold(-1, -1, -1, 0)}
+    with pytest.raises(PlanError, match="its model loads x outside of the modules' rows"):
+        build_traced_plan("fused", ["x", "y"], held, [slice(0, 2), slice(3, 4)])

@@ -10,8 +10,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
 from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
-from vllm_nway_lora.rows.notes import set_notes
-from vllm_nway_lora.rows.plan import PlanError
+from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.probe import LoaderError, list_shards, read_outputs, read_whole
 
 
@@ -46,12 +45,6 @@ def test_outputs_are_those_of_the_layers_own_rank() -> None:
     assert [output.rows for output in outputs] == [4, 6]
     assert layer.ranks == [0, 1, 0, 1]
     assert layer.tp_rank == 1
-
-
-def test_rows_come_in_the_order_of_the_notes() -> None:
-    layer = Layer(4, 4)
-    set_notes(layer, source_rows={1: torch.tensor([0, 2, 1, 3])})
-    assert columns(read_outputs(layer)) == [[2, 3, -1, -1], [-1, -1, 1, 3]]
 
 
 def test_rank_is_restored_after_an_error() -> None:

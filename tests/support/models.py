@@ -43,17 +43,17 @@ class RankModel:
         self, config: Mapping[str, Any], rank: int, size: int, fully_sharded: bool = False
     ) -> None:
         import_classes(config)
-        with tempfile.TemporaryDirectory() as folder:
-            save_config(Path(folder), config)
-            self._rank = offline.configure(
-                folder,
-                rank,
-                size,
-                fully_sharded=fully_sharded,
-                max_lora_rank=MAX_RANK,
-                max_loras=MAX_LORAS,
-            )
-            offline.build(self._rank, "cpu")
+        self._folder = tempfile.TemporaryDirectory()  # vLLM reads it again for the twin
+        save_config(Path(self._folder.name), config)
+        self._rank = offline.configure(
+            self._folder.name,
+            rank,
+            size,
+            fully_sharded=fully_sharded,
+            max_lora_rank=MAX_RANK,
+            max_loras=MAX_LORAS,
+        )
+        offline.build(self._rank, "cpu")
         self.group, self.model = self._rank.group, self._rank.model
         self.vllm_config = self._rank.vllm_config
         self.model.float()  # some layers set their own dtype

@@ -21,7 +21,9 @@ from vllm.model_executor.layers.linear import (
 )
 
 from vllm_nway_lora.adapters import experts
+from vllm_nway_lora.adapters.tensors import find_copy_fault
 from vllm_nway_lora.layers.nway import LoRATensorError, NWayLinearWithLoRA
+from vllm_nway_lora.layers.readers import find_refusals
 from vllm_nway_lora.models import step5
 from vllm_nway_lora.rows.pairs import find_pair_fault, find_rank_fault, find_shape_fault
 
@@ -58,16 +60,24 @@ def validate_layer(
     # `--enable-moe-shared-loras`: a tensor has an expert's matrix or one for all of them.
     is_shared = getattr(manager, "_enable_moe_shared_loras", False)
     dims = 3 if is_shared and isinstance(layer, FusedMoEWithLoRA) else 2
+    refusals = find_refusals(layer)
     found = []
     for module, weights in weights_of:
         if weights is None:
             continue
+        reason = refusals.get(module.rpartition(".")[2])
+        if reason and weights.lora_b is not None and weights.lora_b.any():
+            kind = type(getattr(layer, "base_layer", layer)).__name__
+            found.append(f"module {module} (layer {name}, {kind}): {reason}")
+            continue
         fault = (
-            experts.find_stacked_fault(weights, layer)
+            experts.find_stacked_fault(manager, module, weights, layer)
             if is_stacked
             else _find_fault_of_pair(weights, dims)
         )
-        faults = [fault] if fault else _find_faults_of_values(weights, max_rank)
+        faults = [fault] if fault else list(_find_faults_of_values(weights, max_rank))
+        if copy_fault := find_copy_fault(manager.model, name, weights):
+            faults.append(copy_fault)
         found += [f"module {module}: {fault}" for fault in faults]
     return found or list(_validate_shapes(manager, name, layer, weights_of))
 
@@ -113,7 +123,7 @@ def _validate_shapes(
             yield str(error)
         return
     if isinstance(layer, FusedMoEWithLoRA):
-        yield from experts.validate_experts(manager, name, weights_of)
+        yield from experts.validate_experts(manager, name, layer, weights_of)
         return
     shapes = step5.module_shapes(manager.model, name, layer) or _module_shapes(
         layer, len(weights_of)

@@ -155,6 +155,14 @@ DEFECTS = (
         "0.32.0.",
     ),
     Defect(
+        "experts-without-rslora",
+        "An adapter with `use_rslora` on a mixture's experts, one tensor per expert, is served at the "
+        "wrong scale.",
+        (Seen("0.17.0", "0.29.0"),),
+        ("#55545", "#55548"),
+        "#55548 (0.30.0). This package refuses such adapters.",
+    ),
+    Defect(
         "bias-for-matrix",
         "An adapter with a LoRA bias (`lora_B.bias`) is served with the bias in place of LoRA-B.",
         (Seen("0.31.0", "0.31.0"),),
@@ -223,6 +231,21 @@ DEFECTS = (
         (Seen("0.17.0", "0.21.0"),),
         (),
         "`wrapped_by_id` (0.22.0).",
+    ),
+    Defect(
+        "read-past-lora",
+        "An adapter on `kv_b_proj` (every model with MLA) or on `shared_expert_gate` (Qwen's mixtures of "
+        "experts) is silently served as the base model.",
+        (Seen("0.17.0", None),),
+        ("#48974",),
+        "LoRA in MLA's prefill and decode, and one LoRA layer for both names of the gate.",
+    ),
+    Defect(
+        "one-module-two-outputs",
+        "Gemma 4 (31B, 26B-A4B) loads `k_proj` into K and V. An adapter on it is added to K only.",
+        (Seen("0.20.2", None),),
+        ("#47026",),
+        "LoRA of `k_proj` in both outputs.",
     ),
     Defect(
         "unfused",

@@ -31,7 +31,6 @@ def _wrapped_by(path: str) -> Callable[[Any], Any]:
 
 
 _COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
-_MAMBA2 = "vllm.model_executor.layers.mamba.mamba_mixer2"
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _CORE = "vllm.v1.engine.core"
 _FROM_LAYER = ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")
@@ -55,6 +54,11 @@ GROUPS = (
                 "packed-modules-mapping",
                 Need("vllm.lora.model_manager", "process_packed_modules_mapping", ("model",)),
                 _wrapped_by("models.prepare:prepare_and_map"),
+            ),
+            Patch(
+                "layers-of-two-names",
+                Need("vllm.lora.model_manager", "LoRAModelManager._create_lora_modules"),
+                _wrapped_by("layers.aliases:create_lora_modules"),
             ),
             Patch(
                 "admission",
@@ -105,7 +109,12 @@ GROUPS = (
             "whole-layer-gathered",
             "copied-lora-a",
             "llama4-rotary-rows",
+            "mamba2-one-group",
+            "experts-without-rslora",
+            "read-past-lora",
+            "one-module-two-outputs",
             "misnamed-modules",
+            "two-names-two-layers",
             "served-in-part",
             "patterns-ignored",
             "bias-for-matrix",
@@ -230,31 +239,6 @@ GROUPS = (
             ),
         ),
         ("reloaded-every-step", "replaced-on-some-engines"),
-    ),
-    # vLLM does the same from 0.22.0 on.
-    Group(
-        "vllm.lora.worker_manager",
-        (
-            Patch(
-                "layers-of-two-names",
-                Need("vllm.lora.model_manager", "LoRAModelManager._create_lora_modules"),
-                _wrapped_by("layers.aliases:create_lora_modules"),
-            ),
-        ),
-        ("two-names-two-layers",),
-    ),
-    # Mamba2 sets a loader on the weight of its `in_proj`. CPU packing and quantisation drop that
-    # parameter, and the loader with it.
-    Group(
-        _MAMBA2,
-        (
-            Patch(
-                "mamba2-loader",
-                Need(_MAMBA2, "MambaMixer2.__init__"),
-                _wrapped_by("models.mamba2:save_weight_loader"),
-            ),
-        ),
-        ("mamba2-one-group",),
     ),
 )
 

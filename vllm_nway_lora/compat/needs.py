@@ -35,7 +35,11 @@ NEEDS = (
         *("packed_modules_mapping", "remove_adapter", "supports_mm"),
     ),
     *_of(f"{_LORA}.lora_model", "LoRAModel", "id", "loras"),
-    *_of(f"{_LORA}.lora_weights", "LoRALayerWeights", "lora_a", "lora_b", "rank", "scaling"),
+    *_of(
+        f"{_LORA}.lora_weights",
+        "LoRALayerWeights",
+        *("lora_a", "lora_alpha", "lora_b", "rank", "scaling"),
+    ),
     *_of(f"{_LORA}.peft_helper", "PEFTHelper", "modules_to_save"),
     *_of(
         f"{_LORA}.request",
@@ -54,16 +58,22 @@ NEEDS = (
         f"{_LAYERS}.base_linear",
         "BaseLinearLayerWithLoRA",
         *("base_layer", "device", "input_size", "lora_a_stacked", "lora_b_stacked"),
-        *("output_slices", "set_mapping", "tp_rank", "tp_size"),
+        *("output_slices", "set_mapping", "slice_lora_a", "slice_lora_b", "tp_rank", "tp_size"),
     ),
     *_of(f"{_LAYERS}.column_parallel_linear", "ColumnParallelLinearWithLoRA", "n_slices"),
-    *_of(f"{_LAYERS}.fused_moe", "FusedMoEWithLoRA", "w13_lora_a_stacked"),
+    *_of(
+        f"{_LAYERS}.fused_moe",
+        "FusedMoEWithLoRA",
+        *("fully_sharded", "w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked"),
+    ),
+    *_of(f"{_LAYERS}.fused_moe", "FusedMoE3DWithLoRA", "_base_model"),
     *_of(f"{_LAYERS}.logits_processor", "LogitsProcessorWithLoRA", "base_layer", "hidden_size"),
     *_of(
         _LAYERS,
         "",
         *("FusedMoE3DWithLoRA", "FusedMoEWithLoRA", "LogitsProcessorWithLoRA"),
-        *("MergedColumnParallelLinearWithLoRA", "VocabParallelEmbeddingWithLoRA"),
+        *("MergedColumnParallelLinearWithLoRA", "RowParallelLinearWithLoRA"),
+        "VocabParallelEmbeddingWithLoRA",
     ),
     # Base layers and their weight loaders.
     *_of(_LINEAR, "LinearBase", "input_size", "output_size", "prefix", "tp_rank", "tp_size"),
@@ -79,19 +89,40 @@ NEEDS = (
     *_of(
         "vllm.model_executor.layers.vocab_parallel_embedding",
         "VocabParallelEmbedding",
-        *("embedding_dim", "org_vocab_size"),
+        *("embedding_dim", "org_vocab_size", "shard_indices"),
+    ),
+    *_of(
+        "vllm.model_executor.layers.vocab_parallel_embedding",
+        "VocabParallelEmbeddingShardIndices",
+        *("org_vocab_end_index", "org_vocab_start_index"),
+    ),
+    *_of(
+        "vllm.model_executor.layers.fused_moe.config",
+        "FusedMoEConfig",
+        "intermediate_size_per_partition",
     ),
     *_of("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "vocab_size"),
     *_of("vllm.model_executor.custom_op", "", "op_registry_oot"),
-    *_of("vllm.model_executor.models.utils", "WeightsMapper", "__or__", "orig_to_new_substr"),
+    *_of(
+        "vllm.model_executor.models.utils",
+        "WeightsMapper",
+        *("__or__", "_map_name", "orig_to_new_prefix", "orig_to_new_substr"),
+    ),
+    # The twin of a model.
+    *_of("vllm.model_executor.model_loader.utils", "", "initialize_model"),
+    *_of("vllm.model_executor.layers.rotary_embedding", "", "_ROPE_DICT"),
+    *_of("vllm.config.compilation", "CompilationConfig", "mode", "static_forward_context"),
     *_of("vllm.distributed", "", "get_tensor_model_parallel_world_size"),
     *_of("vllm.distributed.utils", "", "divide"),
-    *_of("vllm.config", "", "get_current_vllm_config_or_none"),
-    *_of("vllm.config", "VllmConfig", "lora_config", "parallel_config"),
+    *_of("vllm.config", "", "get_current_vllm_config_or_none", "set_current_vllm_config"),
+    *_of(
+        "vllm.config",
+        "VllmConfig",
+        *("compilation_config", "lora_config", "parallel_config", "quant_config"),
+    ),
     *_of("vllm.envs", "", "environment_variables"),
     *_of("vllm.platforms", "", "current_platform"),
-    *_of("vllm.platforms.interface", "Platform", "is_tpu"),
-    *_of("vllm.model_executor.layers.mamba.mamba_mixer2", "MambaMixer2", "in_proj"),
+    *_of("vllm.platforms.interface", "Platform", "is_cuda_alike", "is_rocm", "is_tpu"),
     # The engine core, its workers and its callers.
     *_of(f"{_ENGINE}.core", "EngineCore", "abort_requests", "model_executor", "scheduler"),
     *_of(f"{_ENGINE}.core", "EngineCore", "request_block_hasher", "vllm_config"),
@@ -142,7 +173,12 @@ RECENT = (
         "_restrict_to_local_experts",
     ),
     *_of(f"{_LORA}.lora_model", "LoRAModel", "is_3d_lora_weight"),
-    *_of(f"{_LAYERS}.fused_moe", "FusedMoEWithLoRA", "global_num_experts"),
+    *_of(f"{_LAYERS}.fused_moe", "FusedMoEWithLoRA", "_tp_shard_size", "global_num_experts"),
+    *_of(
+        "vllm.model_executor.layers.fused_moe.config",
+        "FusedMoEConfig",
+        *("hidden_dim_unpadded", "intermediate_size_per_partition_unpadded"),
+    ),
     *_of("vllm.config.lora", "LoRAConfig", "target_modules"),
 )
 
@@ -154,21 +190,6 @@ OF_OPTIONAL_OWNERS = (
         f"{_LORA}.punica_wrapper.punica_cpu",
         "PunicaWrapperCPU",
         *("add_expand", "add_lora_linear", "add_shrink", "token_lora_indices"),
-    ),
-    *_of(
-        "vllm.model_executor.models.llama4",
-        "Llama4Attention",
-        *("head_dim", "qkv_proj", "total_num_heads", "total_num_kv_heads"),
-    ),
-    *(
-        need
-        for name in ("K2HorizonAttention", "K2HorizonMoVAAttention")
-        for need in _of(
-            "vllm.model_executor.models.k2_horizon",
-            name,
-            *("fold_rope_weights", "head_dim", "rope_head_dim", "total_num_heads"),
-            *("total_num_kv_heads", "tp_size"),
-        )
     ),
     *_of("vllm.model_executor.models.k2_horizon", "K2HorizonMoVAAttention", "v_experts"),
     *_of(
@@ -183,7 +204,6 @@ OF_OPTIONAL_OWNERS = (
         *("local_index_k_size", "proxy_dim", "total_num_heads", "total_num_kv_heads", "tp_size"),
     ),
     *_of(_STEP5, "Step5SparseIndexerIndexTPLinear", "input_size", "output_size"),
-    *_of("vllm.model_executor.models.k2_horizon", "", "_rope_weight_perm"),
     *_of(
         "vllm.model_executor.models.lfm2_vl",
         "Lfm2VLForConditionalGeneration",

@@ -49,7 +49,8 @@ def _add_rows(manager: Any, rows: dict[str, Row]) -> None:
             continue
         modules: dict[str, int | None] = dict.fromkeys(packed or [own_name])
         if plan is not None:
-            modules = {part.module: part.rows for part in plan.slices}
+            rows_of = {part.module: part.rows for part in plan.slices}
+            modules = {module: rows_of[module] for module in plan.trained}
         row = rows.setdefault(name, Row(name, modules, 0))
         if plan is not None:
             row.plan.append(plan)
@@ -63,7 +64,7 @@ def _judge_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
         layer = manager.modules.get(name)
         own_name = name.rpartition(".")[2]
         packed = list(manager.packed_modules_mapping.get(own_name) or [own_name])
-        modules = list(row.modules)
+        modules = list(row.plan[rank].modules if row.plan else row.modules)
         if packed != modules and (layer is not None or not set(packed) >= set(modules)):
             row.stock.worsen(Outcome.REFUSED, "its class does not list these modules")
             for module in (_accepted_names(manager) & set(modules)) - set(packed):
@@ -79,7 +80,7 @@ def _judge_stock(manager: Any, rank: int, rows: Mapping[str, Row]) -> None:
             row.stock.worsen(Outcome.IGNORED, reason)
         if refusals:
             continue
-        for adapted in [modules, *([module] for module in modules)]:
+        for adapted in [list(row.modules), *([module] for module in row.modules)]:
             weights_of = [
                 (f"{name.rpartition('.')[0]}.{part.module}", _rank_one_weights(layer, part.rows))
                 if part.module in adapted

@@ -11,7 +11,8 @@ import torch
 import vllm_nway_lora
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.report import Outcome, Verdict
-from vllm_nway_lora.rows.plan import FusionPlan, PlanError
+from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.plan import FusionPlan
 
 
 def each_rank(
@@ -103,7 +104,7 @@ def _switch(plugin: bool) -> None:
 def _place_rows(plan: FusionPlan, lora_b: Sequence[torch.Tensor | None]) -> torch.Tensor:
     """Return per row of this rank's output the number that LoRA-B has there; 0 for none."""
     slices = [torch.zeros(part.width) for part in plan.slices]
-    for part, rows, b in zip(plan.slices, slices, lora_b, strict=True):
-        if b is not None:
+    for number, (part, rows) in enumerate(zip(plan.slices, slices, strict=True)):
+        if (b := lora_b[plan.source(number)]) is not None:
             rows[part.run] = part.take(b)[:, 0]
     return torch.cat(slices)

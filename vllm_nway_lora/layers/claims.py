@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -17,10 +16,12 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumn
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.compat import defects
-from vllm_nway_lora.models import mamba2, tables
-from vllm_nway_lora.rows.notes import LayerNotes, get_notes
-from vllm_nway_lora.rows.plan import FusionPlan, Output, PlanError, build_plan, refuse_all
-from vllm_nway_lora.rows.probe import LoaderError, list_shards, read_outputs, read_whole
+from vllm_nway_lora.layers.traced import find_difference, plan_traced
+from vllm_nway_lora.models import tables
+from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.notes import LayerNotes, get_notes, set_notes
+from vllm_nway_lora.rows.plan import FusionPlan, Output, build_plan, refuse_all
+from vllm_nway_lora.rows.probe import LoaderError, list_shards, read_outputs
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -52,17 +53,56 @@ def plan_for(layer: Any, packed_modules: Sequence[str]) -> FusionPlan | None:
         plan = refuse_all(_name(layer), modules, layer.output_size_per_partition, "")
         return dataclasses.replace(plan, refusals=notes.refusals)
     try:
-        if isinstance(layer, MergedColumnParallelLinear) or notes.source_rows:
+        if isinstance(layer, MergedColumnParallelLinear) or (notes.shards and notes.traced):
             return _plan_merged(layer, packed_modules, notes)
-        if len(modules) == 1:
-            return _plan_single(layer, modules, notes)
     except PlanError as error:
-        if settings.read_mode() is settings.Mode.STRICT:
-            raise
-        reason = f"vllm-nway-lora cannot serve LoRA on {layer.prefix}: {error}"
-        logger.warning("%s. Adapters on it will be refused.", reason)
-        return refuse_all(_name(layer), modules, layer.output_size_per_partition, reason)
+        return _refuse(layer, modules, error)
     return None
+
+
+def plan_against_stock(
+    layer: Any, packed_modules: Sequence[str], lora_layer: Any
+) -> FusionPlan | None:
+    """Return the plan of a layer whose trace differs from the slots of vLLM's LoRA layer, or None.
+
+    If no plan describes the trace, or another class of layers cannot have one, every adapter on the
+    layer is refused: by the plan, or by a note.
+
+    Args:
+        layer: the base layer, its weights loaded.
+        packed_modules: as for :func:`plan_for`.
+        lora_layer: vLLM's LoRA layer on it.
+
+    Raises:
+        PlanError: as for :func:`plan_for`.
+    """
+    held = get_notes(layer).traced
+    if held is None:
+        return None
+    modules = list(packed_modules) or [_name(layer)]
+    try:
+        difference = find_difference(lora_layer, modules, held)
+    except Exception as error:  # a class of another package, with other methods
+        logger.debug("The slots of %s were not compared: %s", layer.prefix, error)
+        return None
+    if not difference:
+        return None
+    if not isinstance(layer, ColumnParallelLinear) or _has_own_forward(layer):
+        reason = f"vllm-nway-lora cannot serve LoRA on {layer.prefix}: {difference}"
+        set_notes(layer, refusals=dict.fromkeys(modules, reason))
+        return None
+    try:
+        return plan_traced(layer, _name(layer), modules, held)
+    except PlanError as error:
+        return _refuse(layer, modules, error)
+
+
+def _refuse(layer: Any, modules: Sequence[str], error: PlanError) -> FusionPlan:
+    if settings.read_mode() is settings.Mode.STRICT:
+        raise error
+    reason = f"vllm-nway-lora cannot serve LoRA on {layer.prefix}: {error}"
+    logger.warning("%s. Adapters on it will be refused.", reason)
+    return refuse_all(_name(layer), modules, layer.output_size_per_partition, reason)
 
 
 def _plan_merged(layer: Any, packed_modules: Sequence[str], notes: LayerNotes) -> FusionPlan | None:
@@ -75,7 +115,9 @@ def _plan_merged(layer: Any, packed_modules: Sequence[str], notes: LayerNotes) -
         len(modules) == 2 or (len(modules) == 1 and sizes[0] == sizes[1])
     )
     stock_serves = is_pair and (len(modules) == 1 or _stock_takes_pairs(layer, modules))
-    if stock_serves and not notes.refusals and not notes.source_rows:
+    if stock_serves and not notes.refusals:
+        if notes.traced is not None:
+            return None  # `plan_against_stock` compares vLLM's slots with the trace
         # vLLM's own classes are exact here, unless the layer's own loader replicates an output.
         if type(layer).weight_loader is MergedColumnParallelLinear.weight_loader:
             return None
@@ -85,6 +127,9 @@ def _plan_merged(layer: Any, packed_modules: Sequence[str], notes: LayerNotes) -
             return None
         if all(output.rows == size for output, size in zip(outputs, sizes, strict=True)):
             return None
+    if notes.traced is not None:
+        plan = plan_traced(layer, _name(layer), modules, notes.traced)
+        return dataclasses.replace(plan, refusals=notes.refusals)
     groups = tables.outputs_by_module(_name(layer), modules, len(sizes))
     if groups is None:
         raise PlanError(
@@ -93,16 +138,6 @@ def _plan_merged(layer: Any, packed_modules: Sequence[str], notes: LayerNotes) -
         )
     plan = build_plan(_name(layer), modules, groups, outputs or read_outputs(layer))
     return dataclasses.replace(plan, refusals=notes.refusals)
-
-
-def _plan_single(layer: Any, modules: Sequence[str], notes: LayerNotes) -> FusionPlan | None:
-    """Plan a layer that is not a merged one, and on whose weight the model has set a loader."""
-    if notes.weight_loader is None:
-        return None
-    output = read_whole(
-        layer, functools.partial(mamba2.loader_for_rank, layer, notes.weight_loader)
-    )
-    return build_plan(_name(layer), modules, [[0]], [output])
 
 
 def _stock_takes_pairs(layer: Any, modules: Sequence[str]) -> bool:

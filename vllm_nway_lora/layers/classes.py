@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from vllm import platforms
 
+from vllm_nway_lora.layers.claims import plan_against_stock
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
 from vllm_nway_lora.models import step5
+from vllm_nway_lora.rows.notes import set_notes
 
 _PARAMETERS = ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")
 
@@ -31,10 +34,20 @@ def build_layer(wrapped: Any, _: Any, args: Any, kwargs: Any) -> Any:
             packed_modules_list=given["packed_modules_list"],
             model_config=model_config,
         ):
-            lora_layer = layer_class(layer)
-            lora_layer.create_lora_weights(given["max_loras"], given["lora_config"], model_config)
-            return lora_layer
-    return wrapped(*args, **kwargs)
+            return _create(layer_class, given)
+    lora_layer = wrapped(*args, **kwargs)
+    if is_asked and (plan := plan_against_stock(layer, given["packed_modules_list"], lora_layer)):
+        set_notes(layer, plan=plan)
+        return _create(NWayLinearWithLoRA, given)
+    return lora_layer
+
+
+def _create(layer_class: Any, given: Mapping[str, Any]) -> Any:
+    lora_layer = layer_class(given["layer"])
+    lora_layer.create_lora_weights(
+        given["max_loras"], given["lora_config"], given.get("model_config")
+    )
+    return lora_layer
 
 
 @functools.cache

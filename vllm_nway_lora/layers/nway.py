@@ -20,8 +20,9 @@ from vllm_nway_lora import __version__, settings
 from vllm_nway_lora.compat import releases
 from vllm_nway_lora.layers import cpu_products
 from vllm_nway_lora.layers.claims import plan_for
+from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import get_notes, set_notes
-from vllm_nway_lora.rows.plan import FusionPlan, PlanError
+from vllm_nway_lora.rows.plan import FusionPlan
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -119,7 +120,9 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             if not self._is_warm_up(b_list):
                 raise
             a_list = b_list = [None] * self.n_slices
-        for number, (a, b) in enumerate(zip(a_list, b_list, strict=True)):
+        for number in range(self.n_slices):
+            source = self.plan.source(number)
+            a, b = a_list[source], b_list[source]
             if a is None or b is None:
                 self.lora_a_stacked[number][index].zero_()
                 self.lora_b_stacked[number][index].zero_()

@@ -1,41 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2: the weight loader that its mixer sets on the weight of ``in_proj``.
+"""Mamba2: the number of rows of ``in_proj`` in a checkpoint.
 
-Source: ``mamba_v2_sharded_weight_loader`` in model_executor/layers/mamba/mamba_mixer2.py, 0.17.0 to
-0.33.0: a closure that contains the tensor-parallel rank.
+Its layer counts a group once per tensor-parallel rank, and its mixer sets a loader of its own on the
+weight. Source: ``mamba_v2_sharded_weight_loader`` in model_executor/layers/mamba/mamba_mixer2.py,
+0.17.0 to 0.33.0: a closure that contains the tensor-parallel rank.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import get_current_vllm_config_or_none
-
-from vllm_nway_lora.rows.notes import set_notes
-from vllm_nway_lora.rows.plan import PlanError
+from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.probe import read_whole
 
 
-def save_weight_loader(wrapped: Callable[..., None], mixer: Any, args: Any, kwargs: Any) -> None:
-    """Build the mixer, then note the weight loader of its ``in_proj``; wraps its ``__init__``.
+def checkpoint_rows(layer: Any) -> int:
+    """Return the rows over all ranks of a single module, also where its weight has its own loader.
 
-    Quantisation and CPU packing drop the parameter that carries the loader. Without LoRA nothing is
-    noted. A weight-only quantised ``in_proj`` has no ``weight``, and no loader is noted either.
+    Args:
+        layer: a ``LinearBase`` with its unquantised ``weight``.
     """
-    wrapped(*args, **kwargs)
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is None or vllm_config.lora_config is None:
-        return
-    layer = getattr(mixer, "in_proj", None)
-    loader = getattr(getattr(layer, "weight", None), "weight_loader", None)
-    # The layer's own method needs no note: it is found again on the class.
-    if loader is not None and getattr(loader, "__self__", None) is not layer:
-        set_notes(layer, weight_loader=loader)
+    loader = getattr(layer.weight, "weight_loader", None)
+    size: int = layer.output_size
+    if (
+        loader is None
+        or getattr(loader, "__self__", None) is layer
+        or not hasattr(layer, "tp_rank")
+    ):
+        return size
+    try:
+        return read_whole(layer, functools.partial(_loader_for_rank, layer, loader)).rows
+    except PlanError:
+        return size
 
 
-def loader_for_rank(layer: Any, loader: Callable[..., None], rank: int) -> Callable[..., None]:
+def _loader_for_rank(layer: Any, loader: Callable[..., None], rank: int) -> Callable[..., None]:
     """Return the weight loader of ``rank``, built like ``loader``, that of the layer's own rank.
 
     Raises:

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from vllm import platforms
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_nway_lora.models import k2_horizon, llama4, muse_spark, tables
+from vllm_nway_lora.models import k2_horizon, muse_spark, tables
 from vllm_nway_lora.models.mapping import complete_mapping
+from vllm_nway_lora.models.traced import trace_model
 from vllm_nway_lora.rows.notes import set_notes
 
 logger = logging.getLogger("vllm.nway_lora")
@@ -27,7 +29,9 @@ def prepare_and_map(
     """
     model: nn.Module = args[0] if args else kwargs["model"]
     prepare_model(model)
-    return complete_mapping(model, wrapped(*args, **kwargs))
+    mapping = complete_mapping(model, wrapped(*args, **kwargs))
+    trace_model(model, mapping)
+    return mapping
 
 
 def prepare_model(model: nn.Module) -> None:
@@ -35,13 +39,13 @@ def prepare_model(model: nn.Module) -> None:
     add_renames(model)
     mark_unsupported_modules(model)
     disable_fused_kernels(model)
-    for model_file in (k2_horizon, llama4, muse_spark):
+    for model_file in (k2_horizon, muse_spark):
         try:
             model_file.prepare(model)
         except AttributeError as error:  # from a class of another package with the same name
             logger.warning(
-                "vllm-nway-lora cannot read the row order of %s (%s). vLLM places the rows of adapters "
-                "on its fused projections.",
+                "vllm-nway-lora cannot prepare %s for LoRA (%s). vLLM places the rows of adapters on its "
+                "fused projections.",
                 type(model).__name__,
                 error,
             )
@@ -65,11 +69,33 @@ def mark_unsupported_modules(model: nn.Module) -> None:
             for (owner, child), refusals in tables.UNSUPPORTED.items():
                 if child == name and f".{path}".endswith(owner and f".{owner}"):
                     set_notes(layer, refusals=refusals)
+        owners = {owner.__name__ for owner in type(parent).__mro__}
+        for read in tables.READS:
+            if read.parent in owners and _is_on(parent, read):
+                _mark_read(model, parent, read)
+
+
+def _is_on(parent: nn.Module, read: tables.Read) -> bool:
+    """Return whether a weight is read on this platform and in this setting."""
+    if read.platform and not getattr(platforms.current_platform, read.platform)():
+        return False
+    return not read.flag or getattr(parent, read.flag, None) not in (None, False)
+
+
+def _mark_read(model: nn.Module, parent: nn.Module, read: tables.Read) -> None:
+    try:
+        layer = parent.get_submodule(read.layer)
+    except AttributeError:  # not in this release, or not in this configuration
+        return
+    name = read.layer.rpartition(".")[2]
+    modules = (getattr(model, "packed_modules_mapping", None) or {}).get(name, [name])
+    reason = f"{read.reader} reads its weight directly and bypasses every LoRA layer"
+    set_notes(layer, refusals=dict.fromkeys(modules, reason))
 
 
 def disable_fused_kernels(model: nn.Module) -> None:
     """Turn off the kernels that read a layer's weight directly, where the model has a flag for it."""
     for module in model.modules():
-        flag = tables.FUSED_KERNEL_FLAGS.get(type(module).__name__)
-        if flag is not None and hasattr(module, flag):
-            setattr(module, flag, False)
+        flag, value = tables.FUSED_KERNEL_FLAGS.get(type(module).__name__, ("", None))
+        if flag and hasattr(module, flag):
+            setattr(module, flag, value)

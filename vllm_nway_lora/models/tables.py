@@ -9,6 +9,7 @@ Data only. Add a family here only if its class leaves something out; add it to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 #: Fused projection -> {module: indices of the outputs that it covers}. Needed only where a projection
 #: has more outputs than modules and more than one module. With as many modules as outputs, each
@@ -91,11 +92,8 @@ UNSUPPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("", "q_conv1d"): {"q_conv1d": _CONVOLUTION},
     ("", "k_conv1d"): {"k_conv1d": _CONVOLUTION},
     ("", "v_conv1d"): {"v_conv1d": _CONVOLUTION},
-    # model_executor/models/plamo2.py until 0.26.0, load_weights: separates the gate and state rows of
-    # each head.
-    ("Plamo2MambaMixer", "in_proj"): {
-        "in_proj": "its model reorders its rows before the layer loads them"
-    },
+    # models/muse_spark/nvidia/model.py and amd/model.py, fold_router_output_multiplier.
+    ("MuseSpark1xMoE", "router"): {"router": "its model folds a factor into the weight"},
     # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
     ("DeepseekCompressor", "fused_wkv_wgate"): {"wkv": _COMPRESSOR, "wgate": _COMPRESSOR},
     # models/glm5next/common/attention.py, Indexer.forward: `_wp_fp32`, a copy of the weight.
@@ -105,11 +103,74 @@ UNSUPPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {
     },
 }
 
-#: Class -> its flag for a kernel that reads the weight of a fused projection directly. The model
-#: calls the projection instead if the flag is False.
-FUSED_KERNEL_FLAGS: Mapping[str, str] = {
+
+class Read(NamedTuple):
+    """A layer whose weight its parent's class reads directly on some platforms or in some settings.
+
+    Attributes:
+        parent: the name of a class of the layer's parent.
+        layer: the layer's path below that parent.
+        reader: what reads the weight, for messages.
+        platform: a method of vLLM's platform that returns True where the read happens; empty for any.
+        flag: an attribute of the parent that is None or False where it does not; empty if none is.
+    """
+
+    parent: str
+    layer: str
+    reader: str
+    platform: str = ""
+    flag: str = ""
+
+
+#: Reads of a weight that leave no other way: adapters on the layer are refused where they happen.
+READS = (
+    # models/deepseek_v4/attention.py and deepseek_v41/attention.py, with a subclass per platform (in
+    # 0.20.2 model_executor/models/deepseek_v4.py): a product per group of heads.
+    Read("DeepseekV4Attention", "wo_a", "DeepSeek-V4's attention"),
+    # models/deepseek_v4/amd/rocm.py and deepseek_v41/amd/rocm.py: weights shuffled after loading.
+    Read("DeepseekV4Attention", "wo_b", "its kernel on ROCm", "is_rocm", "_wo_b_scale"),
+    Read("DeepseekV4Attention", "fused_wqa_wkv", "its kernel on ROCm", "is_rocm", "_wqa_wkv_scale"),
+    # models/deepseek_v4/nvidia/model.py, _forward_mega_moe.
+    Read("DeepseekV4MoE", "gate", "the MegaMoE kernel", flag="use_native_mega_moe"),
+    # models/deepseek_v4/amd/model.py: the weight is shuffled after loading.
+    Read("DeepseekV4MLP", "gate_up_proj", "its kernel on ROCm", "is_rocm", "_gateup_scale"),
+    # models/hy_v4/nvidia/hc.py and amd/hc.py, forward: `hpc_op`, else a kernel in Triton.
+    Read("HYV4HCPreLayer", "hc_fn", "its kernel on GPUs", "is_cuda_alike"),
+    Read("HYV4HCHeadLayer", "hc_head_fn", "its kernel on GPUs", "is_cuda_alike"),
+    # model_executor/models/alice_ai.py.
+    Read("_AttentionResidualFinal", "res_proj", "the kernel of the residuals"),
+    Read("AliceAIDecoderBlock", "attn_res_proj", "the kernel of the residuals"),
+    Read("AliceAIDecoderBlock", "mlp_res_proj", "the kernel of the residuals"),
+    # model_executor/models/gpt_oss.py, MLPBlock.forward.
+    Read("MLPBlock", "router", "its kernel on ROCm", "is_rocm"),
+    # model_executor/layers/fused_moe/runner/moe_runner.py, _maybe_fuse_gate_weights: a copy of both.
+    Read("MoERunner", "gate", "the fused gate of its experts", flag="_fse_fuse_gate"),
+    Read("MoERunner", "shared_expert_gate", "the fused gate of its experts", flag="_fse_fuse_gate"),
+    # models/muse_spark/nvidia/model.py, _project_local_columns: each rank's part of the weight.
+    Read("MuseSpark1xMoE", "pooler", "its sharded product", flag="shard_pooler"),
+    Read("MuseSpark1xMoE", "unpooler", "its sharded product", flag="shard_unpooler"),
+    # models/deepseek_v4/amd/mono_decode.py, models/deepseek_v41/amd/mono_decode.py.
+    *(
+        Read("DeepseekV4DecoderLayer", path, "the kernel of a whole layer", "is_rocm", "mono")
+        for path in (
+            *("attn.fused_wqa_wkv", "attn.wq_b", "attn.wo_b", "ffn.gate"),
+            *("ffn.shared_experts.gate_up_proj", "ffn.shared_experts.down_proj"),
+        )
+    ),
+    # model_executor/layers/mamba/short_conv.py, model_executor/models/lfm2.py.
+    Read("ShortConv", "conv", "the convolution kernel"),
+    Read("Lfm2BidirectionalShortConv", "conv", "the convolution kernel"),
+)
+
+#: Class -> (its attribute for a kernel that reads a layer's weight directly, the value without it).
+#: The model then calls the layer instead.
+FUSED_KERNEL_FLAGS: Mapping[str, tuple[str, bool | None]] = {
     # models/qwen4_exp/nvidia/hyperconnection.py, _down_and_inject: up to 48 tokens, from SM90 on.
-    "GatedResidual": "_use_hc_down_silu",
+    "GatedResidual": ("_use_hc_down_silu", False),
+    # models/hy_v4/nvidia/attention.py, forward: `linear_gate`, with the package `hpc`.
+    "HYV4MLAAttention": ("use_hpc_gated_mla", False),
+    # models/muse_spark/nvidia/model.py, _project_output: `o_proj`, with sequence parallelism.
+    "MuseSpark1xAttention": ("gemm_rs", None),
 }
 
 

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from vllm_nway_lora.rows.plan import FusionPlan
+from vllm_nway_lora.rows.trace import Held
 
 _ATTRIBUTE = "_nway_lora_notes"
 
@@ -25,17 +24,15 @@ class LayerNotes:
         refusals: module -> the reason why LoRA on it cannot be served.
         modules: the adapter-visible modules of a layer that its model class does not list.
         shards: per output its shard id and its rows in a checkpoint; None if the layer says so itself.
-        source_rows: output index -> int64, shape ``(rows,)``: the checkpoint's rows in the order in
-            which the model passes them to the layer's weight loader, where that is not 0, 1, 2, ...
-        weight_loader: the weight loader that the model has set on the layer's weight.
+        traced: module -> what the layer's weight holds of it on this rank. A module that the model
+            does not have in this layer is left out. None if the layer could not be traced.
     """
 
     plan: FusionPlan | None = None
     refusals: Mapping[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()
     shards: Sequence[tuple[int | str, int]] | None = None
-    source_rows: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    weight_loader: Callable[..., None] | None = None
+    traced: Mapping[str, Held] | None = None
 
 
 def get_notes(layer: Any) -> LayerNotes:

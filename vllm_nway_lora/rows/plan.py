@@ -15,11 +15,9 @@ from functools import cached_property
 
 import torch
 
+from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.pairs import find_pair_fault, find_rank_fault, find_shape_fault
-
-
-class PlanError(ValueError):
-    """A fused projection, or tensors for it, that no plan places exactly."""
+from vllm_nway_lora.rows.trace import Held
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +84,28 @@ class FusionPlan:
         slices: one per adapter-visible module, in the order of ``packed_modules_mapping``. Their
             widths add up to the width of the rank's fused output.
         refusals: module -> the reason why LoRA on it cannot be served.
+        sources: per slice, the index of the module whose tensors fill it; empty if each fills its own.
+            The other slices' modules have no weight in the checkpoint (Gemma 4: k_proj's fills v).
     """
 
     fused: str
     slices: tuple[Slice, ...]
     refusals: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[int, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The adapter-visible modules, in the order of the slices."""
         return tuple(part.module for part in self.slices)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The modules that have a weight in a checkpoint, and so can have one in an adapter."""
+        return tuple(m for number, m in enumerate(self.modules) if self.source(number) == number)
+
+    def source(self, number: int) -> int:
+        """Return the index of the module whose tensors fill slice ``number``."""
+        return self.sources[number] if self.sources else number
 
     def validate(
         self,
@@ -121,10 +131,15 @@ class FusionPlan:
                 f"{self.fused} has {len(self.slices)} modules ({', '.join(self.modules)}), found "
                 f"{len(lora_a)} LoRA-A tensors and {len(lora_b)} LoRA-B tensors"
             )
-        for part, a, b in zip(self.slices, lora_a, lora_b, strict=True):
+        for number, (part, a, b) in enumerate(zip(self.slices, lora_a, lora_b, strict=True)):
             if a is None and b is None:
                 continue
             fault = self.refusals.get(part.module) or find_pair_fault(a, b)
+            if (source := self.source(number)) != number:
+                fault = (
+                    "a checkpoint has no weight of this module here, its rows are those of "
+                    f"{self.modules[source]}"
+                )
             if not fault and a is not None and b is not None:
                 fault = find_rank_fault(len(a), max_rank)
                 fault = fault or find_shape_fault(a, b, columns, part.rows)
@@ -180,6 +195,72 @@ def build_plan(
         for n, (name, group, (start, local)) in enumerate(zip(modules, groups, runs, strict=True))
     ]
     return FusionPlan(fused, tuple(slices))
+
+
+def build_traced_plan(
+    fused: str, modules: Sequence[str], held: Mapping[str, Held], regions: Sequence[slice] = ()
+) -> FusionPlan:
+    """Build the plan of one fused projection from the trace of its modules.
+
+    Args:
+        fused: the projection's own name.
+        modules: its adapter-visible modules.
+        held: module -> what the projection's weight holds of it on this rank.
+        regions: per module, its part of the weight's rows, if each module has one output. A region
+            may be filled by another module. By default a region is where its module's rows are.
+
+    Raises:
+        PlanError: a region is filled by no module or by several, or a module's rows or columns have
+            an order that slices cannot describe.
+    """
+    for module, part in held.items():
+        if not torch.equal(part.columns, torch.arange(len(part.columns))):
+            raise PlanError(f"{fused}: its model reorders the columns of {module}")
+    filled = {module: part.rows >= 0 for module, part in held.items()}
+    regions = regions or [_find_region(fused, module, filled) for module in modules]
+    width = len(next(iter(held.values())).rows)
+    bounds = [0, *(region.start for region in regions[1:]), width]
+    sources, slices, covered = [], [], torch.zeros(width, dtype=torch.bool)
+    for number, (module, region) in enumerate(zip(modules, regions, strict=True)):
+        owners = [name for name in filled if bool(filled[name][region].any())]
+        if len(owners) > 1 and module in owners:
+            # A model that loads another module's weight here too has no weight of this one.
+            owners.remove(module)
+        if len(owners) != 1 or not bool(filled[owners[0]][region].all()):
+            raise PlanError(
+                f"{fused}: its model loads {', '.join(owners) or 'nothing'} into the rows of {module} "
+                f"({region.start} to {region.stop} of this rank's weight)"
+            )
+        if (
+            bool(covered[region].any())
+            or region.start < bounds[number]
+            or region.stop > bounds[number + 1]
+        ):
+            raise PlanError(f"{fused}: the rows of {module} overlap others or are out of order")
+        covered[region] = True
+        sources.append(modules.index(owners[0]))
+        slices.append(
+            Slice(
+                module=module,
+                rows=held[owners[0]].size,
+                width=bounds[number + 1] - bounds[number],
+                offset=region.start - bounds[number],
+                local=held[owners[0]].rows[region],
+            )
+        )
+    stray = [name for name in filled if bool((filled[name] & ~covered).any())]
+    if stray:
+        raise PlanError(f"{fused}: its model loads {', '.join(stray)} outside of the modules' rows")
+    return FusionPlan(
+        fused, tuple(slices), sources=() if sources == list(range(len(modules))) else tuple(sources)
+    )
+
+
+def _find_region(fused: str, module: str, filled: Mapping[str, torch.Tensor]) -> slice:
+    where = torch.nonzero(filled[module]).flatten() if module in filled else torch.empty(0)
+    if not len(where) or int(where[-1]) - int(where[0]) + 1 != len(where):
+        raise PlanError(f"{fused}: its model does not load {module} into one run of rows")
+    return slice(int(where[0]), int(where[-1]) + 1)
 
 
 def refuse_all(fused: str, modules: Sequence[str], width: int, reason: str) -> FusionPlan:

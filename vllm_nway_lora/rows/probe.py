@@ -16,8 +16,9 @@ import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
+from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import get_notes
-from vllm_nway_lora.rows.plan import Output, PlanError
+from vllm_nway_lora.rows.plan import Output
 
 
 class LoaderError(PlanError):
@@ -47,15 +48,9 @@ def read_outputs(layer: Any) -> list[Output]:
         finally:
             layer.tp_rank = own_rank
 
-    source_rows = get_notes(layer).source_rows
     return [
-        _read(
-            layer,
-            source_rows.get(output, torch.arange(size)),
-            f"output {shard}",
-            functools.partial(load, shard),
-        )
-        for output, (shard, size) in enumerate(list_shards(layer))
+        _read(layer, torch.arange(size), f"output {shard}", functools.partial(load, shard))
+        for shard, size in list_shards(layer)
     ]
 
 

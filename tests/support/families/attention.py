@@ -374,4 +374,32 @@ ATTENTION_FAMILIES = (
             ),
         ),
     ),
+    Family(
+        "Gemma 4, k_proj for K and V (31B, 26B-A4B)",
+        {
+            **COMMON,
+            "model_type": "gemma4_text",
+            "architectures": ["Gemma4ForCausalLM"],
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 8,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 128,
+            "sliding_window": 64,
+        },
+        (
+            Fused(
+                "model.layers.1.self_attn.qkv_proj",
+                {
+                    "model.layers.1.self_attn.q_proj": 128,
+                    "model.layers.1.self_attn.k_proj": 128,
+                },
+                (WRONG,) * 4,
+                outputs=3,
+            ),
+        ),
+        since="0.20.2",
+    ),
 )

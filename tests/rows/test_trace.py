@@ -1,0 +1,252 @@
+"""Tracing through ``load_weights`` of model classes that do what vLLM's model classes do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_nway_lora.rows.recorder import TraceError
+from vllm_nway_lora.rows.trace import Traced, gather, trace_modules
+
+ROWS, COLUMNS = 8, 4
+Weights = Iterator[tuple[str, torch.Tensor]]
+
+
+class Twin(nn.Module):
+    """A model of rank 1 of 2: ``fused`` holds half of q's rows, then half of k's; ``down`` half the columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = self.add(ROWS, COLUMNS, self.load_half_of_rows)
+        self.down = self.add(ROWS, COLUMNS // 2, self.load_half_of_columns)
+        self.copied = nn.Parameter(torch.empty(ROWS, COLUMNS, device="meta"), requires_grad=False)
+
+    def add(self, rows: int, columns: int, loader: Callable[..., None]) -> Any:
+        parameter: Any = nn.Parameter(
+            torch.empty(rows, columns, device="meta"), requires_grad=False
+        )
+        parameter.weight_loader = loader
+        return parameter
+
+    @staticmethod
+    def load_half_of_rows(parameter: Any, weight: torch.Tensor, shard: str) -> None:
+        start = 4 if shard == "k" else 0
+        parameter.data[start : start + 4] = weight.narrow(0, 4, 4)
+
+    @staticmethod
+    def load_half_of_columns(parameter: Any, weight: torch.Tensor) -> None:
+        width = parameter.shape[1]
+        parameter.data.copy_(weight.narrow(1, width, width))
+
+    def load_weights(self, weights: Weights) -> None:
+        for name, weight in weights:
+            self.load(name.removesuffix(".weight"), weight)
+
+    def load(self, name: str, weight: torch.Tensor) -> None:
+        if name in ("q", "k"):
+            self.fused.weight_loader(self.fused, weight, name)
+        elif name == "down":
+            self.down.weight_loader(self.down, weight)
+        elif name == "copied":
+            self.copied.weight_loader(self.copied, weight)
+        elif name != "skipped":
+            raise ValueError(f"there is no module named {name}")
+
+
+def trace(twin: nn.Module, *modules: str) -> dict[str, Traced]:
+    return trace_modules(twin, dict.fromkeys(modules, (ROWS, COLUMNS)))
+
+
+def rows(traced: Traced) -> list[list[int]]:
+    return [place.rows.tolist() for place in traced.places]
+
+
+def test_rows_and_columns_are_those_of_the_rank() -> None:
+    twin = Twin()
+    found = trace(twin, "q", "k", "down", "copied")
+    assert found["q"].paths == found["k"].paths == ("fused",)
+    assert rows(found["q"]) == [[4, 5, 6, 7, -1, -1, -1, -1]]
+    assert rows(found["k"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
+    assert found["q"].places[0].columns.tolist() == [0, 1, 2, 3]
+    assert rows(found["down"]) == [list(range(8))]
+    assert found["down"].places[0].columns.tolist() == [2, 3]
+    assert rows(found["copied"]) == [list(range(8))]  # it has no loader of its own
+    assert not any(traced.fault for traced in found.values())
+    # Everything is as it was, and no memory has been taken.
+    assert twin.fused.weight_loader == twin.load_half_of_rows
+    assert not hasattr(twin.copied, "weight_loader")
+    assert all(parameter.is_meta for parameter in twin.parameters())
+
+
+def test_module_that_the_model_does_not_have_has_no_place() -> None:
+    found = trace(Twin(), "q", "unknown", "k", "skipped")
+    assert found["unknown"].fault == "ValueError: there is no module named unknown"
+    assert (found["skipped"].places, found["skipped"].fault) == ((), "")
+    assert found["q"].places
+    assert found["k"].places
+
+
+def test_model_that_reorders_rows_is_followed() -> None:
+    class Reordering(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight.view(4, 2, COLUMNS).transpose(0, 1).reshape(ROWS, COLUMNS))
+
+    assert rows(trace(Reordering(), "q")["q"]) == [[1, 3, 5, 7, -1, -1, -1, -1]]
+
+
+def test_model_that_loads_a_weight_twice_is_followed() -> None:
+    class Repeating(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            for shard in ("q", "k"):
+                super().load(shard, weight)
+
+    traced = trace(Repeating(), "k")["k"]
+    assert gather(traced, "fused", ROWS).rows.tolist() == [4, 5, 6, 7, 4, 5, 6, 7]
+    assert traced.shards == (["q"], ["k"])
+
+
+def test_weights_that_are_held_back_are_found_by_their_numbers() -> None:
+    """DeepSeek-V4 waits for both halves of a pair; Step5 for all weights of a layer."""
+
+    class Waiting(Twin):
+        def load_weights(self, weights: Weights) -> None:
+            held = {}
+            for name, weight in weights:
+                held[name] = weight
+                if len(held) == 2:
+                    joined = torch.cat([*held.values()])
+                    self.fused.weight_loader(self.fused, joined)
+                    held.clear()
+
+        @staticmethod
+        def load_half_of_rows(parameter: Any, weight: torch.Tensor, shard: str = "") -> None:
+            parameter.data.copy_(weight[4:12])
+
+    found = trace(Waiting(), "q", "k")
+    assert rows(found["q"]) == [[4, 5, 6, 7, -1, -1, -1, -1]]
+    assert rows(found["k"]) == [[-1, -1, -1, -1, 0, 1, 2, 3]]
+
+
+def test_layers_with_equal_loaders_are_numbered_once() -> None:
+    numbered: list[str] = []
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Twin() for _ in range(3))
+
+        def load_weights(self, weights: Weights) -> None:
+            for name, weight in weights:
+                if not weight.is_meta:
+                    numbered.append(name)
+                layer: Any = self.layers[int(name[7])]
+                # The last layer differs: its weight goes to another place.
+                layer.load("k" if name == "layers.2.q.weight" else name[9:-7], weight)
+
+    found = trace(Layers(), "layers.0.q", "layers.1.q", "layers.2.q")
+    assert set(numbered) == {"layers.0.q.weight", "layers.2.q.weight"}
+    assert found["layers.1.q"].paths == ("layers.1.fused",)
+    assert rows(found["layers.1.q"]) == rows(found["layers.0.q"])
+    assert rows(found["layers.2.q"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight * 2,
+        lambda weight: (weight + weight.roll(2, 0)) / 2,
+        lambda weight: -weight.flip(0) + 2**24,
+    ],
+    ids=["multiple", "mean", "difference"],
+)
+def test_model_that_changes_values_is_no_copy(change: Callable[..., torch.Tensor]) -> None:
+    class Changing(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, change(weight))
+
+    [traced] = trace(Changing(), "q").values()
+    assert traced.places == ()
+    assert traced.fault == "TraceError: the model changes its values while it loads them"
+
+
+def test_transposed_weight_is_no_copy_of_rows() -> None:
+    class Transposing(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight.T.contiguous().T.T)
+
+    found = trace_modules(Transposing(), {"copied": (COLUMNS, ROWS)})
+    assert found["copied"].fault.startswith("TraceError: the model loads it transposed")
+
+
+def test_loader_of_a_layer_is_recorded_too() -> None:
+    """Muse Spark calls the layer's method and not the parameter's."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(4, COLUMNS, device="meta"), requires_grad=False)
+
+        def weight_loader(self, parameter: Any, weight: torch.Tensor) -> None:
+            parameter.data.copy_(weight[4:])
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = Layer()
+
+        def load_weights(self, weights: Weights) -> Iterator[str]:
+            for name, weight in weights:  # a generator, as in some classes
+                self.proj.weight_loader(self.proj.weight, weight)
+                yield name
+
+    model = Model()
+    assert rows(trace(model, "proj")["proj"]) == [[4, 5, 6, 7]]
+    assert "weight_loader" not in vars(model.proj)
+
+
+def test_bias_that_a_model_adds_is_no_place() -> None:
+    class WithBias(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight)
+            self.down.weight_loader(self.down, torch.zeros(ROWS))
+
+    assert trace(WithBias(), "q")["q"].paths == ("fused",)
+
+
+def test_module_that_lands_in_two_layers_has_no_single_place() -> None:
+    class Sharing(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load("copied", weight)
+            super().load("down", weight)
+
+    traced = trace(Sharing(), "copied")["copied"]
+    with pytest.raises(TraceError, match="its weight is loaded into down too"):
+        gather(traced, "copied", ROWS)
+
+
+def test_rows_that_are_loaded_twice_have_no_single_place() -> None:
+    class Overwriting(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight)
+            super().load(name, weight)
+
+    traced = trace(Overwriting(), "q")["q"]
+    with pytest.raises(TraceError, match="the same rows twice"):
+        gather(traced, "fused", ROWS)
+
+
+def test_model_that_fails_on_everything_is_given_up() -> None:
+    calls = []
+
+    class Failing(Twin):
+        def load_weights(self, weights: Weights) -> None:
+            calls.append(next(weights))
+            raise KeyError("scale")
+
+    found = trace(Failing(), *(f"m{n}" for n in range(300)))
+    assert all(traced.fault for traced in found.values())
+    assert len(calls) < 700  # 101 failures before it is given up, in each of the loads

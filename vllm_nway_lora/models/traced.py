@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace a model's layers, and note on each what its weight holds of which module."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+)
+
+from vllm_nway_lora.models import mamba2, muse_spark, tables
+from vllm_nway_lora.models.names import checkpoint_names
+from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.notes import get_notes, set_notes
+from vllm_nway_lora.rows.probe import list_shards, read_outputs
+from vllm_nway_lora.rows.recorder import record
+from vllm_nway_lora.rows.trace import Held, Traced, gather, trace_modules
+from vllm_nway_lora.rows.twin import build_twin
+
+logger = logging.getLogger("vllm.nway_lora")
+
+_VLLM_LOADERS = (MergedColumnParallelLinear.weight_loader, QKVParallelLinear.weight_loader)
+
+
+def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
+    """Trace the linear layers of ``model`` and set their notes; log and leave the rest untraced.
+
+    Args:
+        model: the built model, not wrapped for LoRA yet.
+        mapping: fused projection's name -> its adapter-visible modules.
+    """
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None:
+        return
+    started = time.perf_counter()
+    try:
+        twin = build_twin(model, vllm_config)
+        found = _trace(model, twin, mapping)
+    except Exception as error:  # any constructor or loader, also of other packages
+        logger.info(
+            "vllm-nway-lora cannot trace %s (%s: %s). The rows of its fused projections are those of "
+            "its layers' weight loaders.",
+            type(model).__name__,
+            type(error).__name__,
+            error,
+        )
+        return
+    for path, held in found.items():
+        set_notes(model.get_submodule(path), traced=held)
+    logger.info(
+        "vllm-nway-lora has traced %d layers of %s in %.1f s.",
+        len(found),
+        type(model).__name__,
+        time.perf_counter() - started,
+    )
+
+
+def _trace(
+    model: nn.Module, twin: nn.Module, mapping: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, Held]]:
+    muse_spark.prepare(twin)
+    layers = {
+        path: layer
+        for path, layer in twin.named_modules()
+        if isinstance(layer, LinearBase) and getattr(layer, "weight", None) is not None
+    }
+    wanted: dict[tuple[str, str], tuple[int, int]] = {}
+    for path, layer in layers.items():
+        modules = list(mapping.get(path.rpartition(".")[2], ())) or [path.rpartition(".")[2]]
+        for module, rows in zip(modules, _rows_of(model, twin, path, layer, modules), strict=False):
+            wanted[path, module] = (rows, layer.input_size)
+    traced: dict[tuple[str, str], Traced] = {}
+    names = {
+        (path, module): checkpoint_names(model, _sibling(path, module)) for path, module in wanted
+    }
+    while True:
+        asked = {
+            of[0]: key for key, of in names.items() if of and not traced.get(key, Traced()).places
+        }
+        if not asked:
+            break
+        for name, result in trace_modules(twin, {n: wanted[k] for n, k in asked.items()}).items():
+            traced[asked[name]] = result
+        names = {key: of[1:] for key, of in names.items()}
+    return _gather(twin, layers, wanted, traced)
+
+
+def _gather(
+    twin: nn.Module,
+    layers: Mapping[str, Any],
+    wanted: Mapping[tuple[str, str], tuple[int, int]],
+    traced: Mapping[tuple[str, str], Traced],
+) -> dict[str, dict[str, Held]]:
+    """Return per layer, of those whose rows are all accounted for, what it holds of its modules."""
+    paths = {id(parameter): path for path, parameter in twin.named_parameters()}
+    found: dict[str, dict[str, Held]] = {}
+    for path, layer in layers.items():
+        modules = [module for of, module in wanted if of == path]
+        try:
+            held = {
+                module: gather(
+                    traced[path, module], paths[id(layer.weight)], wanted[path, module][0]
+                )
+                for module in modules
+                if traced[path, module].places
+            }
+        except PlanError as error:
+            logger.debug("%s is not traced: %s", path, error)
+            continue
+        if held and (len(held) == len(modules) or _fill(held)):
+            found[path] = held
+    return found
+
+
+def _fill(held: Mapping[str, Held]) -> bool:
+    """Return whether modules fill all rows of a layer, so that no other module has any."""
+    filled = torch.stack([part.rows >= 0 for part in held.values()])
+    return bool(filled.any(0).all())
+
+
+def _rows_of(
+    model: nn.Module, twin: nn.Module, path: str, layer: Any, modules: Sequence[str]
+) -> list[int]:
+    """Return the rows over all ranks of each module of a layer; none if they are not known."""
+    is_fused = isinstance(layer, (MergedColumnParallelLinear, QKVParallelLinear))
+    if not is_fused and get_notes(layer).shards is None:
+        return [mamba2.checkpoint_rows(layer)] if len(modules) == 1 else []
+    sizes = [rows for _, rows in list_shards(layer)]
+    if type(layer).weight_loader not in _VLLM_LOADERS:
+        # It may replicate an output, whose size it then counts once per rank.
+        with contextlib.suppress(PlanError):
+            sizes = [output.rows for output in read_outputs(layer)]
+    groups: Sequence[Sequence[Any]] | None = tables.outputs_by_module(
+        path.rpartition(".")[2], modules, len(sizes)
+    )
+    if groups is None:
+        groups = _find_groups(model, twin, path, modules, (sum(sizes), layer.input_size))
+    if not all(group and set(group) <= set(range(len(sizes))) for group in groups):
+        return []
+    return [sum(sizes[output] for output in group) for group in groups]
+
+
+def _find_groups(
+    model: nn.Module, twin: nn.Module, path: str, modules: Sequence[str], shape: tuple[int, int]
+) -> Sequence[Sequence[Any]]:
+    """Return per module the shard ids that its model passes to the layer's loader with it."""
+    found = []
+    for module in modules:
+        names = checkpoint_names(model, _sibling(path, module))[:1]
+        calls, _ = record(twin, {name: torch.empty(shape, device="meta") for name in names})
+        found.append([shard for of in calls.values() for call in of for shard in call.shard_ids()])
+    return found
+
+
+def _sibling(path: str, module: str) -> str:
+    parent = path.rpartition(".")[0]
+    return f"{parent}.{module}" if parent else module

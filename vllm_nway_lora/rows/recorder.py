@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model's ``load_weights`` and record what reaches the weight loaders of its parameters.
+
+No loader runs, so no memory is written. Nothing of vLLM is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_nway_lora.rows.errors import PlanError
+
+#: A model whose loader fails on more modules than this is not asked about the others.
+_MAX_FAILURES = 100
+
+
+class TraceError(PlanError):
+    """A module whose weight does not arrive as a copy of its rows and columns."""
+
+
+@dataclass
+class Call:
+    """One call of a parameter's weight loader: the path, and what follows the parameter."""
+
+    path: str
+    loaded: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    parameter: Any = field(repr=False)
+    loader: Callable[..., Any] = field(repr=False)
+
+    def signature(self) -> tuple[Any, ...]:
+        """Return what is equal for modules of other layers that land in the same way."""
+        shapes = tuple(self.loaded.shape), tuple(self.parameter.shape)
+        return (fold(self.path), fold(repr(self.args)), fold(repr(self.kwargs)), shapes)
+
+    def shard_ids(self) -> Sequence[Any]:
+        """Return the shard ids among the arguments; None is that of a whole weight."""
+        given = [*self.args, *self.kwargs.values()]
+        if not given:
+            return []
+        return list(given[0]) if isinstance(given[0], (tuple, list)) else [given[0]]
+
+
+def fold(name: str) -> str:
+    """Return ``name`` with each number replaced by ``#``."""
+    return re.sub(r"\d+", "#", name)
+
+
+def record(
+    twin: nn.Module, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, list[Call]], dict[str, str]]:
+    """Pass weights to ``load_weights`` and return each module's calls of loaders, and its fault.
+
+    A failure ends ``load_weights``. It starts again behind the module that has failed.
+    """
+    calls: dict[str, list[Call]] = {}
+    faults: dict[str, str] = {}
+    current: list[str] = []
+
+    def feed(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            current.append(name)
+            yield f"{name}.weight", weights[name]
+
+    with _recording(twin, lambda call: calls.setdefault(current[-1], []).append(call)):
+        rest = list(weights)
+        while rest:
+            current.clear()
+            try:
+                _consume(twin.load_weights(feed(rest)))
+            except Exception as error:  # any model class, also of other packages
+                if len(current) < len(rest) or current[-1] not in calls:
+                    faults[current[-1] if current else rest[0]] = say(error)
+            rest = rest[max(1, len(current)) :]
+            if len(faults) > _MAX_FAILURES:
+                faults |= dict.fromkeys(rest, "its model fails to load too many others")
+                break
+    return calls, faults
+
+
+def _consume(result: Any) -> None:
+    # `load_weights` of some classes is a generator.
+    if isinstance(result, Iterator):
+        for _ in result:
+            pass
+
+
+@contextlib.contextmanager
+def _recording(twin: nn.Module, keep: Callable[[Call], None]) -> Iterator[None]:
+    """Replace the loaders of parameters and layers by ones that record their calls and load nothing."""
+    paths = {id(parameter): path for path, parameter in twin.named_parameters()}
+
+    def recorder(loader: Callable[..., Any]) -> Callable[..., Any]:
+        def load(parameter: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+            if loaded.dim() > 1 and id(parameter) in paths:  # a bias has one dimension
+                path = paths[id(parameter)]
+                keep(Call(path, loaded, args, kwargs, parameter, loader))
+            return True  # experts' loaders say whether they have an expert
+
+        return load
+
+    with contextlib.ExitStack() as stack:
+        for holder in [*twin.parameters(), *twin.modules()]:
+            own = getattr(holder, "weight_loader", None)
+            if own is None and isinstance(holder, nn.Module):
+                continue
+            holder.weight_loader = recorder(own or _copy)
+            if own is None or isinstance(holder, nn.Module):
+                stack.callback(delattr, holder, "weight_loader")
+            else:
+                stack.callback(setattr, holder, "weight_loader", own)
+        yield
+
+
+def _copy(parameter: Any, loaded: torch.Tensor) -> None:
+    """Copy; the loader of a parameter that has none."""
+    if parameter.shape != loaded.shape:
+        raise TraceError(f"expected {tuple(parameter.shape)}, found {tuple(loaded.shape)}")
+    parameter.data.copy_(loaded)
+
+
+def say(error: BaseException) -> str:
+    """Return an error's class and the start of its text."""
+    return f"{type(error).__name__}: {error}"[:200]

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trace where the rows and columns of a checkpoint's modules land on this rank.
+
+The model's own ``load_weights`` is the authority. It runs on a *twin*: the model's class, built for
+this rank without memory. Each module's weight is passed to it under the module's name in a
+checkpoint, with numbers in place of values. Nothing of vLLM is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_nway_lora.rows.recorder import Call, TraceError, fold, record, say
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """The part of one parameter that one module's weight fills on this rank.
+
+    Attributes:
+        parameter: the parameter's path in the model.
+        rows: int64, shape ``(local rows,)``: the module's row in each row, -1 where none is.
+        columns: int64, shape ``(local columns,)``: the module's column in each column, or -1.
+    """
+
+    parameter: str
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """What is known of one module.
+
+    Attributes:
+        places: one per call of a parameter's loader, in order; empty if the model has no such module.
+        shards: per place, the shard ids that the model has passed to the loader.
+        fault: the reason why the module could not be traced; empty if it was.
+    """
+
+    places: tuple[Place, ...] = ()
+    shards: tuple[Sequence[Any], ...] = ()
+    fault: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the parameters."""
+        return tuple(place.parameter for place in self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """What one layer's weight holds of one module on this rank.
+
+    Attributes:
+        size: the module's rows over all ranks.
+        rows: int64, shape ``(local rows,)``: the module's row in each row, -1 where none is.
+        columns: int64, shape ``(local columns,)``: the module's column in each column, or -1.
+    """
+
+    size: int
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+def gather(traced: Traced, parameter: str, size: int) -> Held:
+    """Join the places of one module of ``size`` rows in the weight of its layer.
+
+    Raises:
+        TraceError: the module lands elsewhere too, or twice in the same rows.
+    """
+    others = sorted(set(traced.paths) - {parameter})
+    if others:
+        raise TraceError(f"its weight is loaded into {', '.join(others)} too")
+    first, *more = traced.places
+    rows = first.rows.clone()
+    for place in more:
+        if bool(((rows >= 0) & (place.rows >= 0)).any()):
+            raise TraceError("its weight is loaded into the same rows twice")
+        if not torch.equal(place.columns, first.columns):
+            raise TraceError("its columns are loaded in different ways")
+        rows = torch.where(place.rows >= 0, place.rows, rows)
+    return Held(size, rows, first.columns)
+
+
+def trace_modules(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
+    """Trace modules through ``twin.load_weights``.
+
+    Every module is passed once as a tensor without memory, which shows the loaders that it reaches.
+    Of the modules that reach theirs in the same way, such as those of equal layers, one is numbered.
+
+    Args:
+        twin: the model's class, built on the meta device for this rank and without quantisation.
+        shapes: module's name in a checkpoint -> (rows over all ranks, columns over all ranks).
+    """
+    calls, faults = record(twin, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in shapes:
+        of_module = calls.get(name, ())
+        same = name if name in faults else tuple(call.signature() for call in of_module)
+        groups.setdefault((fold(name), shapes[name], same), []).append(name)
+    firsts = {names[0]: shapes[names[0]] for names in groups.values()}
+    found = _number(twin, firsts)
+    # A class that holds weights back, until it has those of a pair, shows them under the later name.
+    if any(
+        found[first].paths != tuple(call.path for call in calls.get(first, ()))
+        for first in firsts.keys() - faults.keys()
+        if not found[first].fault
+    ):
+        return _number(twin, shapes)
+    for first, *others in groups.values():
+        for name in others:
+            places = found[first].places
+            found[name] = dataclasses.replace(
+                found[first],
+                places=tuple(
+                    dataclasses.replace(place, parameter=call.path)
+                    for call, place in zip(calls[name], places, strict=bool(places))
+                )
+                if places
+                else (),
+            )
+    return found
+
+
+def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
+    """Trace modules by two loads: of their rows' numbers, then of their columns' numbers."""
+    faults: dict[str, str] = {}
+    sides: list[dict[tuple[str, int], tuple[Call, torch.Tensor]]] = []
+    for along, read in ((0, _load_rows), (1, _load_columns)):
+        codes = _Codes({name: shape[along] for name, shape in shapes.items()})
+        numbers = {  # takes no memory
+            name: codes.of(name).unsqueeze(1 - along).expand(shape)
+            for name, shape in shapes.items()
+        }
+        calls, failed = record(twin, numbers)
+        faults |= failed
+        side: dict[tuple[str, int], tuple[Call, torch.Tensor]] = {}
+        for of_module in calls.values():
+            for call in of_module:
+                names = codes.owners(call.loaded)
+                try:
+                    for vector in read(call):
+                        for name, index in codes.decode(vector).items():
+                            number = sum(known == name for known, _ in side)
+                            side[name, number] = call, index
+                except Exception as error:  # any loader, also of other packages
+                    for name in names:
+                        faults.setdefault(name, say(error))
+        sides.append(side)
+    rows, columns = sides
+    found: dict[str, Traced] = {}
+    for name in shapes:
+        keys = [key for key in rows if key[0] == name]
+        if name not in faults and set(keys) != {key for key in columns if key[0] == name}:
+            faults[name] = "its rows and its columns reach different parameters"
+        if name in faults:
+            found[name] = Traced(fault=faults[name])
+            continue
+        found[name] = Traced(
+            tuple(Place(rows[key][0].path, rows[key][1], columns[key][1]) for key in keys),
+            tuple(rows[key][0].shard_ids() for key in keys),
+        )
+    return found
+
+
+class _Codes:
+    """Numbers for the rows, or the columns, of some modules: distinct integers below 2**24 in no order.
+
+    float32 holds them exactly. They are spread at random, so that the sums, means and multiples of
+    some of them are not all numbers too.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        total = sum(sizes.values())
+        if total > 2**22:
+            raise TraceError(f"{total} rows or columns are more than can be numbered")
+        generator = torch.Generator().manual_seed(total)
+        gaps = torch.randint(1, 2 * (2**22 // max(1, total)), (total,), generator=generator)
+        self._sorted = 2**23 + gaps.cumsum(0)
+        self._order = torch.randperm(total, generator=generator)
+        self._place = torch.empty_like(self._order)
+        self._place[self._order] = torch.arange(total)
+        self._sizes = dict(sizes)
+        self._starts = dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
+
+    def of(self, name: str) -> torch.Tensor:
+        """Return a module's numbers, float32, shape ``(size,)``."""
+        start = self._starts[name]
+        return self._sorted[self._place[start : start + self._sizes[name]]].float()
+
+    def decode(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return per module its index at each of ``numbers``, -1 where there is another or none.
+
+        Raises:
+            TraceError: a number above 0 is none of these.
+        """
+        numbers = numbers.double()
+        at = torch.searchsorted(self._sorted, numbers.long()).clamp(max=len(self._sorted) - 1)
+        is_code = self._sorted[at].double() == numbers
+        if not bool((is_code | (numbers <= 0)).all()):
+            raise TraceError("the model changes its values while it loads them")
+        index = torch.where(is_code, self._order[at], -1)
+        names, starts = list(self._starts), torch.tensor(list(self._starts.values()))
+        owner = torch.searchsorted(starts, index, right=True) - 1  # -1 below all of them
+        return {
+            names[number]: torch.where(owner == number, index - int(starts[number]), -1)
+            for number in owner.unique().tolist()
+            if number >= 0
+        }
+
+    def owners(self, loaded: torch.Tensor) -> list[str]:
+        """Return the modules of which ``loaded`` has numbers."""
+        with contextlib.suppress(Exception):
+            return list(self.decode(loaded[:, 0])) or list(self.decode(loaded[0]))
+        return list(self._starts)
+
+
+def _load_rows(call: Call) -> list[torch.Tensor]:
+    """Return the row numbers in the parameter: its loader runs on one column of them."""
+    loaded, parameter = call.loaded, call.parameter
+    _check_matrix(call)
+    column = loaded[:, :1]
+    if loaded.stride(1) and not torch.equal(loaded, column.expand_as(loaded)):
+        raise TraceError("the model loads it transposed or mixes its columns")
+    # A row-parallel loader takes this rank's part of the columns.
+    parts = max(1, loaded.shape[1] // parameter.shape[1])
+    shadow = _shadow(parameter, (parameter.shape[0], 1))
+    call.loader(shadow, column.expand(-1, parts).contiguous(), *call.args, **call.kwargs)
+    return [shadow.data[:, 0]]
+
+
+def _load_columns(call: Call) -> list[torch.Tensor]:
+    """Return the column numbers in the parameter: its loader runs on one row of them.
+
+    Several where a model joins the weights of several modules before the loader runs.
+    """
+    loaded, parameter = call.loaded, call.parameter
+    _check_matrix(call)
+    rows = loaded[:1]
+    if loaded.stride(0) and not torch.equal(loaded, rows.expand_as(loaded)):
+        rows = loaded.unique(dim=0)
+    if loaded.shape[1] == parameter.shape[1]:
+        return list(rows)  # only rows are sharded
+    found = []
+    for row in rows:
+        shadow = _shadow(parameter, (1, parameter.shape[1]))
+        call.loader(shadow, row.unsqueeze(0), *call.args, **call.kwargs)
+        found.append(shadow.data[0])
+    return found
+
+
+def _check_matrix(call: Call) -> None:
+    if call.loaded.dim() != 2 or call.parameter.dim() != 2:
+        raise TraceError(
+            f"it arrives with {call.loaded.dim()} dimensions at {call.path}, which has "
+            f"{call.parameter.dim()}"
+        )
+
+
+def _shadow(parameter: Any, shape: tuple[int, int]) -> Any:
+    """Return a parameter like ``parameter``, of another shape, in memory, float32, all -1."""
+    data = torch.full(shape, -1.0, dtype=torch.float32, device="cpu")
+    shadow = torch.Tensor._make_subclass(type(parameter), data, False)
+    vars(shadow).update(vars(parameter))
+    return shadow
