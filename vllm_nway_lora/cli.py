@@ -189,7 +189,9 @@ def _show_report(report: Report, console: Console) -> None:
         )
         layer = f"{row.layer}{f'  x{row.count}' if row.count > 1 else ''}"
         rank = str(row.rank) if row.rank else ""
-        outcomes = (_styled(side.outcome.value) for side in (row.stock, row.plugin))
+        outcomes = [_styled(side.outcome.value) for side in (row.stock, row.plugin)]
+        if row.by_table:
+            outcomes[1] += " (by table)"
         table.add_row(layer, modules, rank, *outcomes)
     console.print(table)
     for row in report.rows:

@@ -100,3 +100,17 @@ def test_check_of_100_layers_and_400_modules_takes_under_3_seconds(tmp_path: Pat
     assert time.process_time() - started < 3
     assert [row.count for row in report.rows] == [layers, layers]
     assert report.plugin.outcome is Outcome.EXACT
+
+
+def test_check_knows_a_weight_that_is_read_past_its_layer(tmp_path: Path) -> None:
+    """Without stubs: the attention keeps the layer."""
+    [config] = [f.config for f in FAMILIES if f.name.startswith("DeepSeek-V3,")]
+    save_config(tmp_path, config)
+    import_classes(config)
+    rows = config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["v_head_dim"])
+    pair = torch.zeros(8, config["kv_lora_rank"]), torch.zeros(rows, 8)
+    save_adapter(tmp_path, {"model.layers.0.self_attn.kv_b_proj": pair})
+    report = check_adapter(str(tmp_path), str(tmp_path))
+    assert report.plugin.outcome is Outcome.REFUSED
+    assert "uses the layer's weight past its LoRA" in report.plugin.reason
+    assert report.stock.outcome in (Outcome.WRONG, Outcome.IGNORED)

@@ -23,7 +23,13 @@ from vllm_nway_lora.adapters.admission import examine
 from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.report import Outcome, Report, Row, Verdict, build_report
-from vllm_nway_lora.diagnosis.sides import each_rank, format_error, judge_stock_layer
+from vllm_nway_lora.diagnosis.sides import (
+    each_rank,
+    format_error,
+    is_by_table,
+    judge_stock_layer,
+)
+from vllm_nway_lora.layers.readers import find_readers, find_refusals
 
 
 def check_adapter(
@@ -84,6 +90,7 @@ def _check_rank(
         for half in (weights.lora_a, weights.lora_b):
             if half is not None and half.numel():
                 half[(0,) * half.ndim] = 1
+    bypassed = set() if plugin else {id(r.layer) for r in find_readers(rank.model, [manager])}
     used: set[int] = set()
     for name, layer in manager.modules.items():
         weights_of = weights_for_layer(manager, adapter, name, layer)
@@ -93,6 +100,8 @@ def _check_rank(
         row = rows.setdefault(name, _row(name, weights_of))
         faults = validate_layer(manager, name, layer, weights_of)
         if plugin:
+            row.by_table = row.by_table or is_by_table(layer)
+            row.unservable = row.unservable or _find_refusal(layer, weights_of)
             if faults:
                 row.plugin.worsen(Outcome.REFUSED, faults[0])
             if hasattr(layer, "plan"):
@@ -100,6 +109,10 @@ def _check_rank(
         else:
             plan = row.plan[rank.group.rank] if row.plan else None
             row.stock.worsen(*judge_stock_layer(layer, plan, weights_of, faults))
+            if row.unservable:
+                row.stock.worsen(Outcome.WRONG, row.unservable)
+            if id(getattr(layer, "base_layer", None)) in bypassed:
+                row.stock.worsen(Outcome.IGNORED, "the model uses the layer past its LoRA")
     if plugin:
         findings = examine(manager, adapter)
         for fault in [*findings.faults, *findings.unmatched]:
@@ -114,6 +127,12 @@ def _check_rank(
             row.plugin.worsen(Outcome.REFUSED, "no layer of this model uses it")
         else:
             row.stock.worsen(Outcome.IGNORED, "no LoRA layer uses it, and vLLM reports no error")
+
+
+def _find_refusal(layer: Any, weights_of: list[tuple[str, Any]]) -> str:
+    refusals = find_refusals(layer)
+    adapted = [module.rpartition(".")[2] for module, weights in weights_of if weights is not None]
+    return next((refusals[module] for module in adapted if module in refusals), "")
 
 
 def _row(name: str, weights_of: list[tuple[str, Any]]) -> Row:

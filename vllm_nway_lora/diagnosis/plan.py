@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_nway_lora.diagnosis.report import Outcome, Report, Row, Verdict, build_report
-from vllm_nway_lora.diagnosis.sides import each_rank, judge_stock_layer
+from vllm_nway_lora.diagnosis.sides import each_rank, is_by_table, judge_stock_layer
 from vllm_nway_lora.models import tables
 from vllm_nway_lora.rows.plan import FusionPlan
 
@@ -52,6 +52,7 @@ def _add_rows(manager: Any, rows: dict[str, Row]) -> None:
             rows_of = {part.module: part.rows for part in plan.slices}
             modules = {module: rows_of[module] for module in plan.trained}
         row = rows.setdefault(name, Row(name, modules, 0))
+        row.by_table = row.by_table or is_by_table(layer)
         if plan is not None:
             row.plan.append(plan)
             for reason in plan.refusals.values():

@@ -63,6 +63,8 @@ class Row:
         stock: the verdict on vLLM without the plugin.
         plugin: the verdict on vLLM with the plugin.
         count: the number of layers that the row stands for.
+        by_table: whether its rows were not traced, so that vLLM's and this package's tables place them.
+        unservable: the reason why no LoRA layer can serve a module of the adapter; empty if one can.
     """
 
     layer: str
@@ -72,6 +74,8 @@ class Row:
     stock: Verdict = field(default_factory=Verdict)
     plugin: Verdict = field(default_factory=Verdict)
     count: int = 1
+    by_table: bool = False
+    unservable: str = ""
 
 
 @dataclass
@@ -106,7 +110,8 @@ def fold_rows(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         pattern = re.sub(r"\b\d+\b", "*", row.layer)
         modules = tuple(row.modules.items())
-        key = (pattern, modules, row.rank, row.stock.outcome, row.plugin.outcome)
+        outcomes = (row.stock.outcome, row.plugin.outcome)
+        key = (pattern, modules, row.rank, outcomes, row.by_table)
         if key in folded:
             folded[key].count += 1
         else:

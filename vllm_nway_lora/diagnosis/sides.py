@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.linear import LinearBase
 
 import vllm_nway_lora
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.report import Outcome, Verdict
 from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.notes import get_notes
 from vllm_nway_lora.rows.plan import FusionPlan
 
 
@@ -88,6 +90,12 @@ def judge_stock_layer(
     if torch.equal(held[: len(expected)], expected):
         return Outcome.EXACT, ""
     return Outcome.WRONG, "LoRA-B's rows are not those that the base weight has on this rank"
+
+
+def is_by_table(layer: Any) -> bool:
+    """Return whether a linear layer's rows were not traced, given its LoRA layer."""
+    base = getattr(layer, "base_layer", None)
+    return isinstance(base, LinearBase) and get_notes(base).traced is None
 
 
 def format_error(error: Exception) -> str:

@@ -23,7 +23,7 @@ from vllm_nway_lora.models.names import checkpoint_names
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import get_notes, set_notes
 from vllm_nway_lora.rows.probe import list_shards, read_outputs
-from vllm_nway_lora.rows.recorder import record
+from vllm_nway_lora.rows.recorder import fold, record
 from vllm_nway_lora.rows.trace import Held, Traced, gather, trace_modules
 from vllm_nway_lora.rows.twin import build_twin
 
@@ -55,13 +55,20 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
             error,
         )
         return
-    for path, held in found.items():
-        set_notes(model.get_submodule(path), traced=held)
+    by_table = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, LinearBase):
+            continue
+        if path in found:
+            set_notes(layer, traced=found[path])
+        else:
+            by_table.append(fold(path))
     logger.info(
-        "vllm-nway-lora has traced %d layers of %s in %.1f s.",
+        "vllm-nway-lora has traced %d layers of %s in %.1f s. By table: %s.",
         len(found),
         type(model).__name__,
         time.perf_counter() - started,
+        ", ".join(dict.fromkeys(by_table)) or "none",
     )
 
 
