@@ -20,6 +20,7 @@ from vllm_nway_lora.models import traced
 from vllm_nway_lora.models.names import checkpoint_names
 from vllm_nway_lora.models.traced import trace_model
 from vllm_nway_lora.rows.notes import LayerNotes, get_notes
+from vllm_nway_lora.rows.twin import build_twin
 
 
 @pytest.fixture
@@ -54,17 +55,57 @@ def test_every_linear_layer_is_traced(llama4: RankModel) -> None:
 
 def test_model_configuration_and_process_stay_as_they_were(llama4: RankModel) -> None:
     model, config = llama4.model, llama4.vllm_config
-    context = dict(config.compilation_config.static_forward_context)
+    registries = {
+        name: copy.copy(value)
+        for name, value in vars(config.compilation_config).items()
+        if isinstance(value, (dict, list, set))
+    }
     mode = config.compilation_config.mode
+    hf_config = config.model_config.hf_config.to_dict()
     ropes = dict(rotary_embedding._ROPE_DICT)
     weights = copy.deepcopy(model.state_dict())
     llama4.run_as_rank(lambda: trace_model(model, MAPPING))
-    assert config.compilation_config.static_forward_context == context
+    assert {name: vars(config.compilation_config)[name] for name in registries} == registries
+    assert config.model_config.hf_config.to_dict() == hf_config
+    assert config.quant_config is None
     assert config.compilation_config.mode == mode
     assert ropes == rotary_embedding._ROPE_DICT
     assert torch.get_default_dtype() is torch.float32
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, weights[name])
+
+
+def test_constructor_of_the_twin_changes_copies(
+    llama4: RankModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of experts add their names to a list, and some classes change the model's config."""
+    config = llama4.vllm_config
+    config.compilation_config.static_all_moe_layers.append("first")
+
+    def construct(vllm_config: Any, model_class: type) -> nn.Module:
+        assert model_class is type(llama4.model)
+        vllm_config.compilation_config.static_all_moe_layers.append("twin's")
+        vllm_config.compilation_config.static_forward_context["twin's"] = object()
+        vllm_config.model_config.hf_config.num_hidden_layers *= 2
+        assert (
+            vllm_config.model_config.hf_text_config.num_hidden_layers
+            == vllm_config.model_config.hf_config.num_hidden_layers
+        )
+        return nn.Module()
+
+    monkeypatch.setattr("vllm.model_executor.model_loader.utils.initialize_model", construct)
+    layers = config.model_config.hf_config.num_hidden_layers
+    llama4.run_as_rank(lambda: build_twin(llama4.model, config))
+    assert config.compilation_config.static_all_moe_layers == ["first"]
+    assert "twin's" not in config.compilation_config.static_forward_context
+    assert config.model_config.hf_config.num_hidden_layers == layers
+
+
+def test_layer_of_another_shape_than_the_twins_stays_untraced(llama4: RankModel) -> None:
+    layer = llama4.model.get_submodule("model.layers.0.self_attn.qkv_proj")
+    layer.output_size_per_partition += 8
+    llama4.run_as_rank(lambda: trace_model(llama4.model, MAPPING))
+    assert get_notes(layer).traced is None
 
 
 def test_model_that_cannot_be_built_again_stays_untraced(

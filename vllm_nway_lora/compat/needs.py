@@ -79,6 +79,7 @@ NEEDS = (
     *_of(_LINEAR, "LinearBase", "input_size", "output_size", "prefix", "tp_rank", "tp_size"),
     *_of(_LINEAR, "ColumnParallelLinear", "output_size_per_partition", "weight_loader"),
     *_of(_LINEAR, "MergedColumnParallelLinear", "output_sizes"),
+    *_of(_LINEAR, "RowParallelLinear", "input_size_per_partition"),
     *_of(
         _LINEAR,
         "QKVParallelLinear",
@@ -111,14 +112,19 @@ NEEDS = (
     # The twin of a model.
     *_of("vllm.model_executor.model_loader.utils", "", "initialize_model"),
     *_of("vllm.model_executor.layers.rotary_embedding", "", "_ROPE_DICT"),
-    *_of("vllm.config.compilation", "CompilationConfig", "mode", "static_forward_context"),
+    *_of(
+        "vllm.config.compilation",
+        "CompilationConfig",
+        *("mode", "static_all_moe_layers", "static_forward_context"),
+    ),
+    *_of("vllm.config.model", "ModelConfig", "hf_config", "hf_text_config"),
     *_of("vllm.distributed", "", "get_tensor_model_parallel_world_size"),
     *_of("vllm.distributed.utils", "", "divide"),
     *_of("vllm.config", "", "get_current_vllm_config_or_none", "set_current_vllm_config"),
     *_of(
         "vllm.config",
         "VllmConfig",
-        *("compilation_config", "lora_config", "parallel_config", "quant_config"),
+        *("compilation_config", "lora_config", "model_config", "parallel_config", "quant_config"),
     ),
     *_of("vllm.envs", "", "environment_variables"),
     *_of("vllm.platforms", "", "current_platform"),

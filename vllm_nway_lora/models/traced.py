@@ -59,8 +59,9 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
     for path, layer in model.named_modules():
         if not isinstance(layer, LinearBase):
             continue
-        if path in found:
-            set_notes(layer, traced=found[path])
+        held = found.get(path)
+        if held and all(_has_shape(layer, part) for part in held.values()):
+            set_notes(layer, traced=held)
         else:
             by_table.append(fold(path))
     logger.info(
@@ -70,6 +71,13 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
         time.perf_counter() - started,
         ", ".join(dict.fromkeys(by_table)) or "none",
     )
+
+
+def _has_shape(layer: Any, held: Held) -> bool:
+    """Return whether a layer of the model has the shape of the twin's: quantisation can change it."""
+    rows: int = getattr(layer, "output_size_per_partition", layer.output_size)
+    columns: int = getattr(layer, "input_size_per_partition", layer.input_size)
+    return (len(held.rows), len(held.columns)) == (rows, columns)
 
 
 def _trace(

@@ -26,12 +26,7 @@ def build_twin(model: nn.Module, vllm_config: Any) -> nn.Module:
     from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    config = copy.copy(vllm_config)
-    # Attention layers register in it by name, and twice is an error.
-    config.compilation_config = copy.copy(vllm_config.compilation_config)
-    config.compilation_config.static_forward_context = {}
-    config.compilation_config.mode = type(config.compilation_config.mode or 0)(0)
-    config.quant_config = None
+    config = _copy_config(vllm_config)
     default = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, default)
@@ -41,3 +36,22 @@ def build_twin(model: nn.Module, vllm_config: Any) -> nn.Module:
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(torch.device("meta"))
         return initialize_model(vllm_config=config, model_class=type(model))
+
+
+def _copy_config(vllm_config: Any) -> Any:
+    """Return a copy whose parts a constructor can change: the registries of layers, the model's config."""
+    config = copy.copy(vllm_config)
+    compilation = config.compilation_config = copy.copy(vllm_config.compilation_config)
+    for name, value in vars(compilation).items():
+        if isinstance(value, (dict, list, set)):
+            setattr(compilation, name, copy.copy(value))
+    # Attention layers and experts register by name, and twice is an error.
+    compilation.static_forward_context = {}
+    compilation.static_all_moe_layers = []
+    compilation.mode = type(compilation.mode or 0)(0)
+    model = config.model_config = copy.copy(vllm_config.model_config)
+    model.hf_config, model.hf_text_config = copy.deepcopy(
+        (vllm_config.model_config.hf_config, vllm_config.model_config.hf_text_config)
+    )
+    config.quant_config = None
+    return config
