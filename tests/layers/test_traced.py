@@ -21,8 +21,8 @@ from vllm.model_executor.layers.linear import (
 import vllm_nway_lora
 from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
 from vllm_nway_lora.layers.nway import LoRATensorError, NWayLinearWithLoRA
+from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.notes import get_notes, set_notes
-from vllm_nway_lora.rows.trace import Held
 
 WIDTH = 16
 QKV = ["q_proj", "k_proj", "v_proj"]

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from support.families import FAMILIES
+from support.families.qwen3_5 import QWEN3_5_FAMILIES
 from support.models import RankModel
-from support.verdicts import stub_dependencies
+from support.verdicts import is_in_installed_vllm, stub_dependencies
 from torch import nn
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_nway_lora.models import traced
+from vllm_nway_lora.models import tables, traced
 from vllm_nway_lora.models.names import checkpoint_names
 from vllm_nway_lora.models.traced import trace_model
 from vllm_nway_lora.rows.notes import LayerNotes, get_notes
@@ -99,6 +100,44 @@ def test_constructor_of_the_twin_changes_copies(
     assert config.compilation_config.static_all_moe_layers == ["first"]
     assert "twin's" not in config.compilation_config.static_forward_context
     assert config.model_config.hf_config.num_hidden_layers == layers
+
+
+def test_outputs_of_modules_are_read_from_the_shard_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the table: Qwen3.5 has two modules and four outputs."""
+    monkeypatch.setattr(tables, "OUTPUTS", {})
+    family = next(f for f in QWEN3_5_FAMILIES if is_in_installed_vllm(f))
+    fused = next(f for f in family.fused if f.layer.endswith("in_proj_qkvz"))
+    with stub_dependencies(family):
+        rank = RankModel(family.config, 1, 2)
+        mapping = {"in_proj_qkvz": ["in_proj_qkv", "in_proj_z"]}
+        rank.run_as_rank(lambda: trace_model(rank.model, mapping))
+    held = get_notes(rank.model.get_submodule(fused.layer)).traced
+    assert held is not None
+    assert {f".{module}": part.size for module, part in held.items()} == {
+        module[module.rindex(".") :]: rows for module, rows in fused.modules.items()
+    }
+    assert held["in_proj_z"].rows.max() == held["in_proj_z"].size - 1
+
+
+def test_module_whose_values_its_model_changes_is_refused(
+    llama4: RankModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Muse Spark folds a factor into its router's weight."""
+    model_class: Any = type(llama4.model)
+    load = model_class.load_weights
+
+    def scale(self: nn.Module, weights: Any) -> Any:
+        return load(self, ((n, w * 3 if "o_proj" in n else w) for n, w in weights))
+
+    monkeypatch.setattr(model_class, "load_weights", scale)
+    llama4.run_as_rank(lambda: trace_model(llama4.model, MAPPING))
+    notes = notes_of(llama4.model)
+    refused = {path: note.refusals for path, note in notes.items() if note.refusals}
+    assert set(refused) == {f"model.layers.{n}.self_attn.o_proj" for n in range(2)}
+    for path, refusals in refused.items():
+        assert "changes the values of its weight" in refusals["o_proj"]
+        assert notes[path].traced is None
+    assert notes["model.layers.0.self_attn.qkv_proj"].traced is not None
 
 
 def test_layer_of_another_shape_than_the_twins_stays_untraced(llama4: RankModel) -> None:

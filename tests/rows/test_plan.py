@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.plan import (
     FusionPlan,
     Output,
@@ -17,7 +18,6 @@ from vllm_nway_lora.rows.plan import (
     build_traced_plan,
     refuse_all,
 )
-from vllm_nway_lora.rows.trace import Held
 
 #: Qwen3.5's fused projection: the outputs of each module.
 QKVZ = {"in_proj_qkv": (0, 1, 2), "in_proj_z": (3,)}

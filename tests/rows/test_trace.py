@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_nway_lora.rows.held import gather
 from vllm_nway_lora.rows.recorder import TraceError
-from vllm_nway_lora.rows.trace import Traced, gather, trace_modules
+from vllm_nway_lora.rows.trace import Traced, trace_modules
 
 ROWS, COLUMNS = 8, 4
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -168,9 +169,37 @@ def test_model_that_changes_values_is_no_copy(change: Callable[..., torch.Tensor
         def load(self, name: str, weight: torch.Tensor) -> None:
             super().load(name, change(weight))
 
-    [traced] = trace(Changing(), "q").values()
-    assert traced.places == ()
-    assert traced.fault == "TraceError: the model changes its values while it loads them"
+    found = trace(Changing(), "q", "down")
+    assert found["q"].places == ()
+    assert found["q"].fault == "ChangedError: the model changes its values while it loads them"
+    assert found["q"].is_changed
+
+
+def test_weight_that_the_model_changes_does_not_hide_the_others() -> None:
+    class Scaling(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight * 3 if name == "q" else weight)
+
+    found = trace(Scaling(), "q", "k")
+    assert (found["q"].is_changed, found["k"].is_changed) == (True, False)
+    assert rows(found["k"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
+
+
+def test_model_that_loads_in_a_narrow_type_is_not_one_that_changes_values() -> None:
+    class Narrow(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight.bfloat16().float())
+
+    [traced] = trace(Narrow(), "q").values()
+    assert traced.fault == "TraceError: the model loads it in a type too narrow for the numbers"
+    assert not traced.is_changed
+
+
+def test_numbers_of_many_modules_are_loaded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_nway_lora.rows.trace._MAX_NUMBERS", 2 * ROWS)
+    found = trace(Twin(), "q", "k", "down", "copied")
+    assert [traced.fault for traced in found.values()] == [""] * 4
+    assert rows(found["copied"]) == [list(range(8))]
 
 
 def test_transposed_weight_is_no_copy_of_rows() -> None:

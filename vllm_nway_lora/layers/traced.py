@@ -11,9 +11,9 @@ from vllm.lora.layers import RowParallelLinearWithLoRA
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.plan import FusionPlan, build_traced_plan
 from vllm_nway_lora.rows.probe import list_shards, read_outputs
-from vllm_nway_lora.rows.trace import Held
 
 
 def find_difference(lora_layer: Any, modules: Sequence[str], held: Mapping[str, Held]) -> str:

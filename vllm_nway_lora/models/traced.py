@@ -21,10 +21,11 @@ from vllm.model_executor.layers.linear import (
 from vllm_nway_lora.models import mamba2, muse_spark, tables
 from vllm_nway_lora.models.names import checkpoint_names
 from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.held import Held, gather
 from vllm_nway_lora.rows.notes import get_notes, set_notes
 from vllm_nway_lora.rows.probe import list_shards, read_outputs
 from vllm_nway_lora.rows.recorder import fold, record
-from vllm_nway_lora.rows.trace import Held, Traced, gather, trace_modules
+from vllm_nway_lora.rows.trace import Traced, trace_modules
 from vllm_nway_lora.rows.twin import build_twin
 
 logger = logging.getLogger("vllm.nway_lora")
@@ -45,7 +46,7 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
     started = time.perf_counter()
     try:
         twin = build_twin(model, vllm_config)
-        found = _trace(model, twin, mapping)
+        found, refused = _trace(model, twin, mapping)
     except Exception as error:  # any constructor or loader, also of other packages
         logger.info(
             "vllm-nway-lora cannot trace %s (%s: %s). The rows of its fused projections are those of "
@@ -59,6 +60,8 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
     for path, layer in model.named_modules():
         if not isinstance(layer, LinearBase):
             continue
+        if path in refused:
+            set_notes(layer, refusals={**refused[path], **get_notes(layer).refusals})
         held = found.get(path)
         if held and all(_has_shape(layer, part) for part in held.values()):
             set_notes(layer, traced=held)
@@ -82,7 +85,8 @@ def _has_shape(layer: Any, held: Held) -> bool:
 
 def _trace(
     model: nn.Module, twin: nn.Module, mapping: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, Held]]:
+) -> tuple[dict[str, dict[str, Held]], dict[str, dict[str, str]]]:
+    """Return per layer what it holds of its modules, and the modules that must be refused."""
     muse_spark.prepare(twin)
     layers = {
         path: layer
@@ -107,7 +111,19 @@ def _trace(
         for name, result in trace_modules(twin, {n: wanted[k] for n, k in asked.items()}).items():
             traced[asked[name]] = result
         names = {key: of[1:] for key, of in names.items()}
-    return _gather(twin, layers, wanted, traced)
+    return _gather(twin, layers, wanted, traced), _find_changed(traced)
+
+
+def _find_changed(traced: Mapping[tuple[str, str], Traced]) -> dict[str, dict[str, str]]:
+    """Return per layer the modules whose values their model changes, and the reason to refuse them."""
+    refused: dict[str, dict[str, str]] = {}
+    for (path, module), result in traced.items():
+        if result.is_changed:
+            refused.setdefault(path, {})[module] = (
+                "its model changes the values of its weight while it loads them, so that LoRA's product "
+                "is no addition to that weight"
+            )
+    return refused
 
 
 def _gather(
@@ -127,7 +143,7 @@ def _gather(
                     traced[path, module], paths[id(layer.weight)], wanted[path, module][0]
                 )
                 for module in modules
-                if traced[path, module].places
+                if traced.get((path, module), Traced()).places
             }
         except PlanError as error:
             logger.debug("%s is not traced: %s", path, error)

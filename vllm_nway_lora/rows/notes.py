@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.plan import FusionPlan
-from vllm_nway_lora.rows.trace import Held
 
 _ATTRIBUTE = "_nway_lora_notes"
 

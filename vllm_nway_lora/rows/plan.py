@@ -16,8 +16,8 @@ from functools import cached_property
 import torch
 
 from vllm_nway_lora.rows.errors import PlanError
+from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.pairs import find_pair_fault, find_rank_fault, find_shape_fault
-from vllm_nway_lora.rows.trace import Held
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,13 @@ from torch import nn
 
 from vllm_nway_lora.rows.recorder import Call, TraceError, fold, record, say
 
+#: The numbers of one load lie between 2**23 and 2**24, and their mean distance is at least two.
+_MAX_NUMBERS = 2**22
+
+
+class ChangedError(TraceError):
+    """A weight whose values the model changes while it loads them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Place:
@@ -44,51 +51,18 @@ class Traced:
         places: one per call of a parameter's loader, in order; empty if the model has no such module.
         shards: per place, the shard ids that the model has passed to the loader.
         fault: the reason why the module could not be traced; empty if it was.
+        is_changed: whether the model changes the weight's values, so that W + B A is no longer its sum.
     """
 
     places: tuple[Place, ...] = ()
     shards: tuple[Sequence[Any], ...] = ()
     fault: str = ""
+    is_changed: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths of the parameters."""
         return tuple(place.parameter for place in self.places)
-
-
-@dataclass(frozen=True, eq=False)
-class Held:
-    """What one layer's weight holds of one module on this rank.
-
-    Attributes:
-        size: the module's rows over all ranks.
-        rows: int64, shape ``(local rows,)``: the module's row in each row, -1 where none is.
-        columns: int64, shape ``(local columns,)``: the module's column in each column, or -1.
-    """
-
-    size: int
-    rows: torch.Tensor
-    columns: torch.Tensor
-
-
-def gather(traced: Traced, parameter: str, size: int) -> Held:
-    """Join the places of one module of ``size`` rows in the weight of its layer.
-
-    Raises:
-        TraceError: the module lands elsewhere too, or twice in the same rows.
-    """
-    others = sorted(set(traced.paths) - {parameter})
-    if others:
-        raise TraceError(f"its weight is loaded into {', '.join(others)} too")
-    first, *more = traced.places
-    rows = first.rows.clone()
-    for place in more:
-        if bool(((rows >= 0) & (place.rows >= 0)).any()):
-            raise TraceError("its weight is loaded into the same rows twice")
-        if not torch.equal(place.columns, first.columns):
-            raise TraceError("its columns are loaded in different ways")
-        rows = torch.where(place.rows >= 0, place.rows, rows)
-    return Held(size, rows, first.columns)
 
 
 def trace_modules(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
@@ -108,14 +82,14 @@ def trace_modules(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
         same = name if name in faults else tuple(call.signature() for call in of_module)
         groups.setdefault((fold(name), shapes[name], same), []).append(name)
     firsts = {names[0]: shapes[names[0]] for names in groups.values()}
-    found = _number(twin, firsts)
+    found = _number_all(twin, firsts)
     # A class that holds weights back, until it has those of a pair, shows them under the later name.
     if any(
         found[first].paths != tuple(call.path for call in calls.get(first, ()))
         for first in firsts.keys() - faults.keys()
         if not found[first].fault
     ):
-        return _number(twin, shapes)
+        return _number_all(twin, shapes)
     for first, *others in groups.values():
         for name in others:
             places = found[first].places
@@ -131,9 +105,22 @@ def trace_modules(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
     return found
 
 
+def _number_all(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
+    """Number modules, in parts whose numbers fit float32."""
+    found: dict[str, Traced] = {}
+    part: dict[str, tuple[int, int]] = {}
+    for name, shape in shapes.items():
+        if part and sum(map(max, part.values())) + max(shape) > _MAX_NUMBERS:
+            found |= _number(twin, part)
+            part = {}
+        part[name] = shape
+    return found | (_number(twin, part) if part else {})
+
+
 def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
     """Trace modules by two loads: of their rows' numbers, then of their columns' numbers."""
     faults: dict[str, str] = {}
+    changed: set[str] = set()
     sides: list[dict[tuple[str, int], tuple[Call, torch.Tensor]]] = []
     for along, read in ((0, _load_rows), (1, _load_columns)):
         codes = _Codes({name: shape[along] for name, shape in shapes.items()})
@@ -144,15 +131,17 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
         calls, failed = record(twin, numbers)
         faults |= failed
         side: dict[tuple[str, int], tuple[Call, torch.Tensor]] = {}
-        for of_module in calls.values():
+        for passed, of_module in calls.items():
             for call in of_module:
-                names = codes.owners(call.loaded)
+                names = codes.owners(call.loaded) or [passed]
                 try:
                     for vector in read(call):
                         for name, index in codes.decode(vector).items():
                             number = sum(known == name for known, _ in side)
                             side[name, number] = call, index
                 except Exception as error:  # any loader, also of other packages
+                    if isinstance(error, ChangedError):
+                        changed |= {*names}
                     for name in names:
                         faults.setdefault(name, say(error))
         sides.append(side)
@@ -163,7 +152,7 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
         if name not in faults and set(keys) != {key for key in columns if key[0] == name}:
             faults[name] = "its rows and its columns reach different parameters"
         if name in faults:
-            found[name] = Traced(fault=faults[name])
+            found[name] = Traced(fault=faults[name], is_changed=name in changed)
             continue
         found[name] = Traced(
             tuple(Place(rows[key][0].path, rows[key][1], columns[key][1]) for key in keys),
@@ -181,10 +170,10 @@ class _Codes:
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         total = sum(sizes.values())
-        if total > 2**22:
+        if total > _MAX_NUMBERS:
             raise TraceError(f"{total} rows or columns are more than can be numbered")
         generator = torch.Generator().manual_seed(total)
-        gaps = torch.randint(1, 2 * (2**22 // max(1, total)), (total,), generator=generator)
+        gaps = torch.randint(1, 2 * (_MAX_NUMBERS // max(1, total)), (total,), generator=generator)
         self._sorted = 2**23 + gaps.cumsum(0)
         self._order = torch.randperm(total, generator=generator)
         self._place = torch.empty_like(self._order)
@@ -207,7 +196,9 @@ class _Codes:
         at = torch.searchsorted(self._sorted, numbers.long()).clamp(max=len(self._sorted) - 1)
         is_code = self._sorted[at].double() == numbers
         if not bool((is_code | (numbers <= 0)).all()):
-            raise TraceError("the model changes its values while it loads them")
+            if torch.equal(numbers, numbers.bfloat16().double()):
+                raise TraceError("the model loads it in a type too narrow for the numbers")
+            raise ChangedError("the model changes its values while it loads them")
         index = torch.where(is_code, self._order[at], -1)
         names, starts = list(self._starts), torch.tensor(list(self._starts.values()))
         owner = torch.searchsorted(starts, index, right=True) - 1  # -1 below all of them
@@ -218,10 +209,10 @@ class _Codes:
         }
 
     def owners(self, loaded: torch.Tensor) -> list[str]:
-        """Return the modules of which ``loaded`` has numbers."""
+        """Return the modules of which ``loaded`` has numbers; none if it has others too."""
         with contextlib.suppress(Exception):
             return list(self.decode(loaded[:, 0])) or list(self.decode(loaded[0]))
-        return list(self._starts)
+        return []
 
 
 def _load_rows(call: Call) -> list[torch.Tensor]:
