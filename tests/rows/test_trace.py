@@ -185,6 +185,23 @@ def test_weight_that_the_model_changes_does_not_hide_the_others() -> None:
     assert rows(found["k"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
 
 
+def test_changed_weight_is_found_in_a_model_that_lists_all_weights_first() -> None:
+    """Llama 4 does up to 0.20.2: every weight arrives under the name of the last one."""
+
+    class Listing(Twin):
+        def load_weights(self, weights: Weights) -> None:
+            super().load_weights(iter(list(weights)))
+
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight * 3 if name == "q" else weight)
+
+    found = trace(Listing(), "q", "skipped", "k", "down")
+    assert [name for name, traced in found.items() if traced.is_changed] == ["q"]
+    assert rows(found["k"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
+    assert rows(found["down"]) == [list(range(8))]
+    assert not found["skipped"].places
+
+
 def test_model_that_loads_in_a_narrow_type_is_not_one_that_changes_values() -> None:
     class Narrow(Twin):
         def load(self, name: str, weight: torch.Tensor) -> None:

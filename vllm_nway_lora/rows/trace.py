@@ -22,6 +22,8 @@ from vllm_nway_lora.rows.recorder import Call, TraceError, fold, record, say
 
 #: The numbers of one load lie between 2**23 and 2**24, and their mean distance is at least two.
 _MAX_NUMBERS = 2**22
+#: The number of modules of a model that are asked alone.
+_MAX_ALONE = 100
 
 
 class ChangedError(TraceError):
@@ -52,12 +54,14 @@ class Traced:
         shards: per place, the shard ids that the model has passed to the loader.
         fault: the reason why the module could not be traced; empty if it was.
         is_changed: whether the model changes the weight's values, so that W + B A is no longer its sum.
+        is_unknown: whether the module was asked together with others, and one of them was changed.
     """
 
     places: tuple[Place, ...] = ()
     shards: tuple[Sequence[Any], ...] = ()
     fault: str = ""
     is_changed: bool = False
+    is_unknown: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -114,13 +118,18 @@ def _number_all(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[
             found |= _number(twin, part)
             part = {}
         part[name] = shape
-    return found | (_number(twin, part) if part else {})
+    found |= _number(twin, part) if part else {}
+    unknown = [name for name, traced in found.items() if traced.is_unknown]
+    for name in unknown[:_MAX_ALONE]:
+        found |= _number(twin, {name: shapes[name]})
+    return found
 
 
 def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
     """Trace modules by two loads: of their rows' numbers, then of their columns' numbers."""
     faults: dict[str, str] = {}
     changed: set[str] = set()
+    is_unknown = False
     sides: list[dict[tuple[str, int], tuple[Call, torch.Tensor]]] = []
     for along, read in ((0, _load_rows), (1, _load_columns)):
         codes = _Codes({name: shape[along] for name, shape in shapes.items()})
@@ -131,19 +140,27 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
         calls, failed = record(twin, numbers)
         faults |= failed
         side: dict[tuple[str, int], tuple[Call, torch.Tensor]] = {}
-        for passed, of_module in calls.items():
-            for call in of_module:
-                names = codes.owners(call.loaded) or [passed]
-                try:
-                    for vector in read(call):
-                        for name, index in codes.decode(vector).items():
-                            number = sum(known == name for known, _ in side)
-                            side[name, number] = call, index
-                except Exception as error:  # any loader, also of other packages
-                    if isinstance(error, ChangedError):
-                        changed |= {*names}
-                    for name in names:
-                        faults.setdefault(name, say(error))
+        owned = [
+            (passed, call, codes.owners(call.loaded))
+            for passed, of_module in calls.items()
+            for call in of_module
+        ]
+        # Without numbers that are known, a call belongs to the module that was passed last, unless
+        # the class holds weights back.
+        is_lazy = all(passed in names for passed, _, names in owned if names)
+        is_unknown = is_unknown or (not is_lazy and not all(names for _, _, names in owned))
+        for passed, call, known in owned:
+            names = known or ([passed] if is_lazy else [])
+            try:
+                for vector in read(call):
+                    for name, index in codes.decode(vector).items():
+                        number = sum(of == name for of, _ in side)
+                        side[name, number] = call, index
+            except Exception as error:  # any loader, also of other packages
+                if isinstance(error, ChangedError):
+                    changed |= {*names}
+                for name in names:
+                    faults.setdefault(name, say(error))
         sides.append(side)
     rows, columns = sides
     found: dict[str, Traced] = {}
@@ -153,6 +170,9 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
             faults[name] = "its rows and its columns reach different parameters"
         if name in faults:
             found[name] = Traced(fault=faults[name], is_changed=name in changed)
+            continue
+        if not keys:
+            found[name] = Traced(is_unknown=is_unknown and len(shapes) > 1)
             continue
         found[name] = Traced(
             tuple(Place(rows[key][0].path, rows[key][1], columns[key][1]) for key in keys),
