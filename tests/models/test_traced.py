@@ -146,6 +146,33 @@ def test_module_whose_values_its_model_changes_is_refused(
     assert notes["model.layers.0.self_attn.qkv_proj"].traced is not None
 
 
+def test_embeddings_are_traced(llama4: RankModel) -> None:
+    llama4.run_as_rank(lambda: trace_model(llama4.model, MAPPING))
+    for path in ("model.embed_tokens", "lm_head"):
+        notes = get_notes(llama4.model.get_submodule(path))
+        assert notes.traced is not None
+        [held] = notes.traced.values()
+        assert held.rows.tolist() == list(range(64, 128))
+        assert notes.refusals == {}
+
+
+@pytest.mark.parametrize("path", ["model.embed_tokens", "lm_head"])
+def test_embedding_that_its_model_reorders_is_refused(
+    llama4: RankModel, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    model_class: Any = type(llama4.model)
+    load = model_class.load_weights
+
+    def reorder(self: nn.Module, weights: Any) -> Any:
+        return load(self, ((n, w.flip(0) if path in n else w) for n, w in weights))
+
+    monkeypatch.setattr(model_class, "load_weights", reorder)
+    llama4.run_as_rank(lambda: trace_model(llama4.model, MAPPING))
+    name = path.rpartition(".")[2]
+    holder = "logits_processor" if name == "lm_head" else path
+    assert "reorders the vocabulary" in get_notes(llama4.model.get_submodule(holder)).refusals[name]
+
+
 def test_layer_of_another_shape_than_the_twins_stays_untraced(llama4: RankModel) -> None:
     layer = llama4.model.get_submodule("model.layers.0.self_attn.qkv_proj")
     layer.output_size_per_partition += 8

@@ -102,6 +102,7 @@ NEEDS = (
         "FusedMoEConfig",
         "intermediate_size_per_partition",
     ),
+    *_of("vllm.model_executor.layers.vocab_parallel_embedding", "", "ParallelLMHead"),
     *_of("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "vocab_size"),
     *_of("vllm.model_executor.custom_op", "", "op_registry_oot"),
     *_of(

@@ -17,6 +17,11 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
 )
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
 
 from vllm_nway_lora.models import mamba2, muse_spark, tables
 from vllm_nway_lora.models.names import checkpoint_names
@@ -34,7 +39,7 @@ _VLLM_LOADERS = (MergedColumnParallelLinear.weight_loader, QKVParallelLinear.wei
 
 
 def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
-    """Trace the linear layers of ``model`` and set their notes; log and leave the rest untraced.
+    """Trace the linear layers and embeddings of ``model`` and set their notes; log and leave the rest untraced.
 
     Args:
         model: the built model, not wrapped for LoRA yet.
@@ -47,6 +52,7 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
     try:
         twin = build_twin(model, vllm_config)
         found, refused = _trace(model, twin, mapping)
+        by_table = _note(model, found, refused)
     except Exception as error:  # any constructor or loader, also of other packages
         logger.info(
             "vllm-nway-lora cannot trace %s (%s: %s). The rows of its fused projections are those of "
@@ -56,31 +62,62 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
             error,
         )
         return
+    logger.info(
+        "vllm-nway-lora has traced %d layers of %s in %.1f s. By table: %s.",
+        len(found),
+        type(model).__name__,
+        time.perf_counter() - started,
+        ", ".join(by_table) or "none",
+    )
+
+
+def _note(
+    model: nn.Module,
+    found: Mapping[str, Mapping[str, Held]],
+    refused: Mapping[str, Mapping[str, str]],
+) -> list[str]:
+    """Set the notes of the model's layers; return the folded paths of those that are not traced."""
     by_table = []
     for path, layer in model.named_modules():
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
             continue
         if path in refused:
             set_notes(layer, refusals={**refused[path], **get_notes(layer).refusals})
         held = found.get(path)
         if held and all(_has_shape(layer, part) for part in held.values()):
             set_notes(layer, traced=held)
+            if isinstance(layer, VocabParallelEmbedding) and not _is_straight(*held.values()):
+                _refuse_embedding(model, path, layer)
         else:
             by_table.append(fold(path))
-    logger.info(
-        "vllm-nway-lora has traced %d layers of %s in %.1f s. By table: %s.",
-        len(found),
-        type(model).__name__,
-        time.perf_counter() - started,
-        ", ".join(dict.fromkeys(by_table)) or "none",
-    )
+    return list(dict.fromkeys(by_table))
 
 
 def _has_shape(layer: Any, held: Held) -> bool:
     """Return whether a layer of the model has the shape of the twin's: quantisation can change it."""
+    if isinstance(layer, VocabParallelEmbedding):
+        return bool(len(held.columns) == layer.embedding_dim)
     rows: int = getattr(layer, "output_size_per_partition", layer.output_size)
     columns: int = getattr(layer, "input_size_per_partition", layer.input_size)
     return (len(held.rows), len(held.columns)) == (rows, columns)
+
+
+def _is_straight(held: Held) -> bool:
+    """Return whether an embedding has the checkpoint's rows in order, as vLLM's LoRA on it takes them."""
+    rows = held.rows[held.rows >= 0]  # none on a rank that has padding only
+    first = int(rows[0]) if len(rows) else 0
+    expected = torch.arange(first, first + len(rows))
+    is_whole: bool = torch.equal(held.rows[: len(rows)], expected)
+    return is_whole and torch.equal(held.columns, torch.arange(len(held.columns)))
+
+
+def _refuse_embedding(model: nn.Module, path: str, layer: nn.Module) -> None:
+    name = path.rpartition(".")[2]
+    reason = "its model reorders the vocabulary or its columns, and vLLM's LoRA on it does not"
+    # vLLM's LoRA on lm_head replaces the logits processor.
+    others = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+    for noted in (layer, *(others if isinstance(layer, ParallelLMHead) else ())):
+        set_notes(noted, refusals={**get_notes(noted).refusals, name: reason})
 
 
 def _trace(
@@ -91,10 +128,14 @@ def _trace(
     layers = {
         path: layer
         for path, layer in twin.named_modules()
-        if isinstance(layer, LinearBase) and getattr(layer, "weight", None) is not None
+        if isinstance(layer, (LinearBase, VocabParallelEmbedding))
+        and getattr(layer, "weight", None) is not None
     }
     wanted: dict[tuple[str, str], tuple[int, int]] = {}
     for path, layer in layers.items():
+        if isinstance(layer, VocabParallelEmbedding):
+            wanted[path, path.rpartition(".")[2]] = (layer.org_vocab_size, layer.embedding_dim)
+            continue
         modules = list(mapping.get(path.rpartition(".")[2], ())) or [path.rpartition(".")[2]]
         for module, rows in zip(modules, _rows_of(model, twin, path, layer, modules), strict=False):
             wanted[path, module] = (rows, layer.input_size)
