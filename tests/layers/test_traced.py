@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 import vllm_nway_lora
 from vllm_nway_lora.compat import defects
@@ -184,3 +185,10 @@ def test_layer_whose_trace_no_plan_describes_refuses_every_adapter() -> None:
 
 def test_layer_without_a_trace_stays_vllms() -> None:
     assert type(wrap(column(), [])).__module__.startswith("vllm.lora")
+
+
+def test_embedding_with_a_trace_stays_vllms() -> None:
+    """Until 0.20.2 an embedding does not know its path."""
+    layer = VocabParallelEmbedding(64, WIDTH, params_dtype=torch.float32)
+    set_notes(layer, traced={"embed_tokens": hold(range(32, 64), 64)})
+    assert type(wrap(layer, [])).__module__.startswith("vllm.lora")

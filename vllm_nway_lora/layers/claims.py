@@ -12,7 +12,11 @@ import vllm
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 from vllm.model_executor import custom_op
-from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    MergedColumnParallelLinear,
+)
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.compat import defects
@@ -77,7 +81,7 @@ def plan_against_stock(
         PlanError: as for :func:`plan_for`.
     """
     held = get_notes(layer).traced
-    if held is None:
+    if held is None or not isinstance(layer, LinearBase):
         return None
     modules = list(packed_modules) or [_name(layer)]
     try:
@@ -93,8 +97,8 @@ def plan_against_stock(
         return None
     try:
         return plan_traced(layer, _name(layer), modules, held)
-    except PlanError as error:
-        return _refuse(layer, modules, error)
+    except Exception as error:  # a loader of another package, when it is asked for the outputs
+        return _refuse(layer, modules, PlanError(str(error)))
 
 
 def _refuse(layer: Any, modules: Sequence[str], error: PlanError) -> FusionPlan:
