@@ -66,6 +66,20 @@ class Reads(Calls):
 class MLAAttention(Calls):
     """A module with the name of vLLM's class, which cuts its child's weight into others."""
 
+    def process_weights_after_loading(self) -> None:
+        self.part = self.gate.weight[:1]
+
+
+class CallingMLAAttention(MLAAttention):
+    """As DeepSeek-V3.2's attention: it has other layers too, and calls them."""
+
+    def __init__(self, gate: nn.Module, o_proj: nn.Module) -> None:
+        super().__init__(gate)
+        self.o_proj = o_proj
+
+    def forward(self, x: Any) -> Any:
+        return self.o_proj(x)
+
 
 def build(**parts: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
     """Return a model with one LoRA layer, ``proj``, and that layer.
@@ -153,6 +167,13 @@ def test_layer_whose_weight_attention_absorbs_is_refused() -> None:
     model.attention = MLAAttention(layer)
     create(model, layer)
     assert "MLAAttention" in find_refusals(layer)["proj"]
+
+
+def test_layer_that_such_an_attention_calls_is_served() -> None:
+    model, layer = build()
+    model.attention = CallingMLAAttention(nn.Linear(2, 2), layer)
+    create(model, layer)
+    assert not find_refusals(layer)
 
 
 def test_what_lies_below_the_lora_layer_is_no_reader() -> None:

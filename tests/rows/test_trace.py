@@ -254,6 +254,23 @@ def test_loader_of_a_layer_is_recorded_too() -> None:
     assert "weight_loader" not in vars(model.proj)
 
 
+def test_modules_whose_names_differ_by_a_number_are_not_equal() -> None:
+    """LFM2's ``w1`` and ``w3`` are the two outputs of one layer."""
+
+    class Numbered(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            number = int(name[1])
+            self.fused.weight_loader(self.fused, weight, number)
+
+        @staticmethod
+        def load_half_of_rows(parameter: Any, weight: torch.Tensor, shard: int) -> None:
+            Twin.load_half_of_rows(parameter, weight, "k" if shard == 3 else "q")
+
+    found = trace(Numbered(), "w1", "w3")
+    assert rows(found["w1"]) == [[4, 5, 6, 7, -1, -1, -1, -1]]
+    assert rows(found["w3"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
+
+
 def test_bias_that_a_model_adds_is_no_place() -> None:
     class WithBias(Twin):
         def load(self, name: str, weight: torch.Tensor) -> None:

@@ -74,15 +74,23 @@ def _find_absorbed(model: nn.Module) -> list[Reader]:
     """Return the layers whose weights vLLM's MLA attention has copied into its own.
 
     It multiplies by the parts of ``kv_b_proj`` when it decodes, also where its implementation does not
-    keep the layer (the sparse ones until 0.24.0).
+    keep the layer (the sparse ones until 0.24.0). DeepSeek-V3.2's attention is one of its subclasses
+    and calls the other layers.
     """
     return [
         Reader(attention, name, child.base_layer, is_child=False)
         for attention in model.modules()
-        if any(owner.__name__ == "MLAAttention" for owner in type(attention).__mro__)
+        for owner in type(attention).__mro__
+        if owner.__name__ == "MLAAttention"
         for name, child in attention.named_children()
-        if isinstance(child, BaseLinearLayerWithLoRA)
+        if isinstance(child, BaseLinearLayerWithLoRA) and name in _names_copied_by(owner)
     ]
+
+
+def _names_copied_by(owner: type) -> tuple[str, ...]:
+    copying = vars(owner).get("process_weights_after_loading")
+    code = getattr(copying, "__code__", None)
+    return code.co_names if code is not None else ()
 
 
 def _reads_weight(reader: Reader) -> bool:

@@ -39,7 +39,8 @@ class Call:
     def signature(self) -> tuple[Any, ...]:
         """Return what is equal for modules of other layers that land in the same way."""
         shapes = tuple(self.loaded.shape), tuple(self.parameter.shape)
-        return (fold(self.path), fold(repr(self.args)), fold(repr(self.kwargs)), shapes)
+        # The arguments are compared as they are: they have the shard id.
+        return (fold(self.path), repr(self.args), repr(self.kwargs), shapes)
 
     def shard_ids(self) -> Sequence[Any]:
         """Return the shard ids among the arguments; None is that of a whole weight."""
