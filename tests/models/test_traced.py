@@ -214,6 +214,7 @@ def test_nothing_is_traced_outside_of_an_engine(llama4: RankModel) -> None:
         # A name of the model's own would be changed again.
         (WeightsMapper(orig_to_new_substr={"mamba": "mamba.mamba"}), "mamba.mamba.x", ["mamba.x"]),
         (WeightsMapper(orig_to_new_prefix={"": "model."}), "model.proj", ["proj"]),
+        (WeightsMapper(orig_to_new_substr={".fc1.": ".mlp.fc1."}), "x.mlp.fc1", ["x.fc1"]),
     ],
 )
 def test_names_of_checkpoints_are_those_that_vllm_maps_to_the_path(

@@ -23,6 +23,7 @@ from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_c
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import ModelRegistry
 from vllm.plugins import load_general_plugins
 
@@ -80,7 +81,7 @@ class Rank:
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         cpu = torch.device("cpu")
-        _drop_experts(self.model)
+        drop_experts(self.model)
         device = mock.patch("vllm.lora.layers.base_linear._get_lora_device", return_value=cpu)
         with self.current(), device:
             embeddings = getattr(self.model, "embedding_modules", {})
@@ -188,12 +189,22 @@ def build(rank: Rank, device: str = "meta") -> None:
         torch.set_default_dtype(default)
 
 
-def _drop_experts(model: nn.Module) -> None:
-    """Replace mixtures of experts: this package does not serve them, and their LoRA needs Triton."""
+def drop_experts(model: nn.Module) -> None:
+    """Replace each mixture of experts by its children with linear layers, under the same paths.
+
+    LoRA on experts needs Triton. A class may keep its mixtures in a list too, where they must not hold
+    these layers: they would count as a second way to the layers.
+    """
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child).__name__ in ("FusedMoE", "SharedFusedMoE", "MoERunner"):
-                setattr(parent, name, nn.Identity())
+        for name, experts in list(parent.named_children()):
+            if type(experts).__name__ not in ("FusedMoE", "SharedFusedMoE", "MoERunner"):
+                continue
+            stand_in = nn.Identity()
+            for child_name, child in experts.named_children():
+                if any(isinstance(module, LinearBase) for module in child.modules()):
+                    stand_in.add_module(child_name, child)
+            experts._modules.clear()
+            setattr(parent, name, stand_in)
 
 
 def initialize() -> None:

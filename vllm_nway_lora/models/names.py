@@ -26,6 +26,7 @@ def checkpoint_names(model: nn.Module, path: str) -> list[str]:
         if hasattr(mapper, reduce):
             mapper = getattr(mapper, reduce)()
             break
+    path += ".weight"
     names = [path]
     for old, new in mapper.orig_to_new_prefix.items():
         names += [old + name.removeprefix(new) for name in names if new and name.startswith(new)]
@@ -34,4 +35,4 @@ def checkpoint_names(model: nn.Module, path: str) -> list[str]:
     for old, new in mapper.orig_to_new_substr.items():
         names += [name.replace(new, old, 1) for name in names if new and new in name]
     unique = list(dict.fromkeys(reversed(names)))
-    return [name for name in unique if mapper._map_name(f"{name}.weight") == f"{path}.weight"]
+    return [name.removesuffix(".weight") for name in unique if mapper._map_name(name) == path]
