@@ -51,8 +51,8 @@ class Call:
 
 
 def fold(name: str) -> str:
-    """Return ``name`` with each number replaced by ``#``."""
-    return re.sub(r"\d+", "#", name)
+    """Return ``name`` with the numbers of layers replaced by ``#``: ``layers.0.w1`` is ``layers.#.w1``."""
+    return re.sub(r"\b\d+\b", "#", name)
 
 
 def record(
