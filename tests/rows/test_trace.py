@@ -213,7 +213,7 @@ def test_model_that_loads_in_a_narrow_type_is_not_one_that_changes_values() -> N
 
 
 def test_numbers_of_many_modules_are_loaded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_nway_lora.rows.trace._MAX_NUMBERS", 2 * ROWS)
+    monkeypatch.setattr("vllm_nway_lora.rows.codes.MAX_NUMBERS", 2 * ROWS)
     found = trace(Twin(), "q", "k", "down", "copied")
     assert [traced.fault for traced in found.values()] == [""] * 4
     assert rows(found["copied"]) == [list(range(8))]
@@ -252,6 +252,33 @@ def test_loader_of_a_layer_is_recorded_too() -> None:
     model = Model()
     assert rows(trace(model, "proj")["proj"]) == [[4, 5, 6, 7]]
     assert "weight_loader" not in vars(model.proj)
+
+
+def test_model_that_lists_all_weights_is_numbered_once_per_kind_of_layer() -> None:
+    """Llama 4 permutes every weight before it loads one: all layers' weights would be in memory."""
+    numbered: list[str] = []
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Twin() for _ in range(4))
+
+        def load_weights(self, weights: Weights) -> None:
+            for name, weight in list(weights):
+                if not weight.is_meta:
+                    numbered.append(name)
+                layer: Any = self.layers[int(name[7])]
+                layer.load(name[9:-7], weight)
+                if name == "layers.3.q.weight":  # this layer's q is loaded for its k too
+                    layer.load("k", weight)
+
+    names = [f"layers.{n}.{module}" for n in range(4) for module in ("q", "down")]
+    found = trace(Layers(), *names)
+    assert "layers.1.q.weight" not in numbered
+    assert found["layers.2.q"].paths == ("layers.2.fused",)
+    assert rows(found["layers.2.q"]) == [[4, 5, 6, 7, -1, -1, -1, -1]]
+    assert len(found["layers.3.q"].places) == 2
+    assert found["layers.3.down"].paths == ("layers.3.down",)
 
 
 def test_modules_whose_names_differ_by_a_number_are_not_equal() -> None:

@@ -55,6 +55,15 @@ def fold(name: str) -> str:
     return re.sub(r"\b\d+\b", "#", name)
 
 
+def renumber(path: str, first: str, other: str) -> str:
+    """Return ``path`` with the layer numbers of ``other`` in place of those of ``first``."""
+    old, new = (re.findall(r"\b\d+\b", name) for name in (first, other))
+    if re.findall(r"\b\d+\b", path) != old:
+        return ""
+    numbers = iter(new)
+    return re.sub(r"\b\d+\b", lambda _: next(numbers), path)
+
+
 def record(
     twin: nn.Module, weights: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, list[Call]], dict[str, str]]:

@@ -8,9 +8,8 @@ checkpoint, with numbers in place of values. Nothing of vLLM is imported here.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_nway_lora.rows.recorder import Call, TraceError, fold, record, say
+from vllm_nway_lora.rows import codes
+from vllm_nway_lora.rows.recorder import Call, TraceError, fold, record, renumber, say
 
-#: The numbers of one load lie between 2**23 and 2**24, and their mean distance is at least two.
-_MAX_NUMBERS = 2**22
 #: The number of modules of a model that are asked alone.
 _MAX_ALONE = 100
-
-
-class ChangedError(TraceError):
-    """A weight whose values the model changes while it loads them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,26 +81,53 @@ def trace_modules(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dic
         groups.setdefault((fold(name), shapes[name], same), []).append(name)
     firsts = {names[0]: shapes[names[0]] for names in groups.values()}
     found = _number_all(twin, firsts)
-    # A class that holds weights back, until it has those of a pair, shows them under the later name.
+    # A class that holds weights back, until it has those of a pair or of the whole model, shows them
+    # under a later name.
     if any(
         found[first].paths != tuple(call.path for call in calls.get(first, ()))
         for first in firsts.keys() - faults.keys()
         if not found[first].fault
     ):
-        return _number_all(twin, shapes)
+        return _number_by_layer(
+            twin, shapes, [c for of_module in calls.values() for c in of_module]
+        )
     for first, *others in groups.values():
         for name in others:
-            places = found[first].places
-            found[name] = dataclasses.replace(
-                found[first],
-                places=tuple(
-                    dataclasses.replace(place, parameter=call.path)
-                    for call, place in zip(calls[name], places, strict=bool(places))
-                )
-                if places
-                else (),
+            moved = tuple(
+                dataclasses.replace(place, parameter=call.path)
+                for call, place in zip(calls.get(name, ()), found[first].places, strict=False)
             )
+            found[name] = dataclasses.replace(found[first], places=moved)
     return found
+
+
+def _number_by_layer(
+    twin: nn.Module, shapes: Mapping[str, tuple[int, int]], calls: Sequence[Call]
+) -> dict[str, Traced]:
+    """Number one module of each name and shape; use it for the layers whose parameters load alike.
+
+    Args:
+        twin: as for :func:`trace_modules`.
+        shapes: as for :func:`trace_modules`.
+        calls: what reaches the loaders if all modules are passed, in an order that shows no names.
+    """
+    reaching: dict[str, Counter[tuple[Any, ...]]] = {}
+    for call in calls:
+        reaching.setdefault(call.path, Counter())[call.signature()] += 1
+    firsts: dict[tuple[str, tuple[int, int]], str] = {}
+    for name, shape in shapes.items():
+        firsts.setdefault((fold(name), shape), name)
+    found = _number_all(twin, {name: shapes[name] for name in firsts.values()})
+    rest = {}
+    for name, shape in shapes.items():
+        first = firsts[fold(name), shape]
+        places = [(place, renumber(place.parameter, first, name)) for place in found[first].places]
+        if all(reaching.get(place.parameter) == reaching.get(path) for place, path in places):
+            moved = tuple(dataclasses.replace(place, parameter=path) for place, path in places)
+            found[name] = dataclasses.replace(found[first], places=moved)
+        else:
+            rest[name] = shape
+    return found | _number_all(twin, rest)
 
 
 def _number_all(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Traced]:
@@ -114,7 +135,7 @@ def _number_all(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[
     found: dict[str, Traced] = {}
     part: dict[str, tuple[int, int]] = {}
     for name, shape in shapes.items():
-        if part and sum(map(max, part.values())) + max(shape) > _MAX_NUMBERS:
+        if part and sum(map(max, part.values())) + max(shape) > codes.MAX_NUMBERS:
             found |= _number(twin, part)
             part = {}
         part[name] = shape
@@ -132,16 +153,16 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
     is_unknown = False
     sides: list[dict[tuple[str, int], tuple[Call, torch.Tensor]]] = []
     for along, read in ((0, _load_rows), (1, _load_columns)):
-        codes = _Codes({name: shape[along] for name, shape in shapes.items()})
+        numbering = codes.Codes({name: shape[along] for name, shape in shapes.items()})
         numbers = {  # takes no memory
-            name: codes.of(name).unsqueeze(1 - along).expand(shape)
+            name: numbering.of(name).unsqueeze(1 - along).expand(shape)
             for name, shape in shapes.items()
         }
         calls, failed = record(twin, numbers)
         faults |= failed
         side: dict[tuple[str, int], tuple[Call, torch.Tensor]] = {}
         owned = [
-            (passed, call, codes.owners(call.loaded))
+            (passed, call, numbering.owners(call.loaded))
             for passed, of_module in calls.items()
             for call in of_module
         ]
@@ -153,11 +174,11 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
             names = known or ([passed] if is_lazy else [])
             try:
                 for vector in read(call):
-                    for name, index in codes.decode(vector).items():
+                    for name, index in numbering.decode(vector).items():
                         number = sum(of == name for of, _ in side)
                         side[name, number] = call, index
             except Exception as error:  # any loader, also of other packages
-                if isinstance(error, ChangedError):
+                if isinstance(error, codes.ChangedError):
                     changed |= {*names}
                 for name in names:
                     faults.setdefault(name, say(error))
@@ -179,60 +200,6 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
             tuple(rows[key][0].shard_ids() for key in keys),
         )
     return found
-
-
-class _Codes:
-    """Numbers for the rows, or the columns, of some modules: distinct integers below 2**24 in no order.
-
-    float32 holds them exactly. They are spread at random, so that the sums, means and multiples of
-    some of them are not all numbers too.
-    """
-
-    def __init__(self, sizes: Mapping[str, int]) -> None:
-        total = sum(sizes.values())
-        if total > _MAX_NUMBERS:
-            raise TraceError(f"{total} rows or columns are more than can be numbered")
-        generator = torch.Generator().manual_seed(total)
-        gaps = torch.randint(1, 2 * (_MAX_NUMBERS // max(1, total)), (total,), generator=generator)
-        self._sorted = 2**23 + gaps.cumsum(0)
-        self._order = torch.randperm(total, generator=generator)
-        self._place = torch.empty_like(self._order)
-        self._place[self._order] = torch.arange(total)
-        self._sizes = dict(sizes)
-        self._starts = dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
-
-    def of(self, name: str) -> torch.Tensor:
-        """Return a module's numbers, float32, shape ``(size,)``."""
-        start = self._starts[name]
-        return self._sorted[self._place[start : start + self._sizes[name]]].float()
-
-    def decode(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return per module its index at each of ``numbers``, -1 where there is another or none.
-
-        Raises:
-            TraceError: a number above 0 is none of these.
-        """
-        numbers = numbers.double()
-        at = torch.searchsorted(self._sorted, numbers.long()).clamp(max=len(self._sorted) - 1)
-        is_code = self._sorted[at].double() == numbers
-        if not bool((is_code | (numbers <= 0)).all()):
-            if torch.equal(numbers, numbers.bfloat16().double()):
-                raise TraceError("the model loads it in a type too narrow for the numbers")
-            raise ChangedError("the model changes its values while it loads them")
-        index = torch.where(is_code, self._order[at], -1)
-        names, starts = list(self._starts), torch.tensor(list(self._starts.values()))
-        owner = torch.searchsorted(starts, index, right=True) - 1  # -1 below all of them
-        return {
-            names[number]: torch.where(owner == number, index - int(starts[number]), -1)
-            for number in owner.unique().tolist()
-            if number >= 0
-        }
-
-    def owners(self, loaded: torch.Tensor) -> list[str]:
-        """Return the modules of which ``loaded`` has numbers; none if it has others too."""
-        with contextlib.suppress(Exception):
-            return list(self.decode(loaded[:, 0])) or list(self.decode(loaded[0]))
-        return []
 
 
 def _load_rows(call: Call) -> list[torch.Tensor]:
