@@ -1,0 +1,108 @@
+"""Cases of the oracle: a checkpoint's modules, an adapter on each, and the merged checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+RANK = 4
+SCALE = 2.0
+# B A is then about as large as the weights of the checkpoints (standard deviation 0.08).
+TENSOR_STD = 0.14
+
+#: Last names of modules that are no linear layers: embeddings of tokens, and of positions.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings")
+_OTHERS = ("embed_positions", "wpe", "position_embeddings", "conv1d")
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the tensor of each weight of a checkpoint."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - not a mapping
+                yield name, weights.get_tensor(name)
+
+
+def list_modules(folder: Path) -> dict[str, torch.Size]:
+    """Return the checkpoint's modules with a matrix, in its order, and the shape of each."""
+    return {
+        name.removesuffix(".weight"): weight.shape
+        for name, weight in read_checkpoint(folder)
+        if name.endswith(".weight")
+        and weight.dim() == 2
+        and name.removesuffix(".weight").rpartition(".")[2] not in _OTHERS
+    }
+
+
+def list_cases(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Return each case's name and modules: each module alone, and the experts of a layer together.
+
+    One expert stands for the others of its layer.
+    """
+    cases: dict[str, list[str]] = {}
+    for module in modules:
+        together = re.sub(r"\.experts\.\d+\.\w+$", ".experts", module)
+        if together != module:
+            cases.setdefault(together, []).append(module)
+        if together == module or ".experts.1." in module:
+            cases[module] = [module]
+    return cases
+
+
+def draw_pair(module: str, shape: Sequence[int]) -> Pair:
+    """Return LoRA-A and LoRA-B of a module, in float32; they depend on the module's name only."""
+    generator = torch.Generator().manual_seed(zlib.crc32(module.encode()))
+    sizes = (RANK, shape[1]), (shape[0], RANK)
+    a, b = (torch.randn(size, generator=generator) * TENSOR_STD for size in sizes)
+    return a.bfloat16().float(), b.bfloat16().float()
+
+
+def is_embedding(module: str) -> bool:
+    """Return whether a module is an embedding of tokens."""
+    return module.rpartition(".")[2] in EMBEDDINGS
+
+
+def save_adapter(folder: Path, shapes: dict[str, torch.Size], modules: Sequence[str]) -> Path:
+    """Save an adapter on ``modules`` as PEFT does."""
+    tensors = {}
+    for module in modules:
+        a, b = draw_pair(module, shapes[module])
+        name = f"base_model.model.{module}.lora"
+        if is_embedding(module):  # its weight is transposed: one row per token
+            tensors |= {
+                f"{name}_embedding_A": b.T.contiguous(),
+                f"{name}_embedding_B": a.T.contiguous(),
+            }
+        else:
+            tensors |= {f"{name}_A.weight": a, f"{name}_B.weight": b}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK * SCALE,
+        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merge(
+    checkpoint: Iterable[tuple[str, torch.Tensor]], modules: Sequence[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a checkpoint's weights, with ``W + s B A`` for the weight of each of ``modules``."""
+    for name, weight in checkpoint:
+        module = name.removesuffix(".weight")
+        if module in modules and module != name:
+            a, b = draw_pair(module, weight.shape)
+            weight = (weight.double() + SCALE * b.double() @ a.double()).to(weight.dtype)
+        yield name, weight

@@ -1,0 +1,112 @@
+"""Experts with LoRA on CPU: the arithmetic of vLLM's Triton kernels in torch.
+
+With LoRA, vLLM takes ``TritonExperts`` on every platform. Only the arithmetic is replaced; layers,
+slots, slices and names stay vLLM's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+
+def replace_kernels() -> None:
+    """Replace the kernels in this process, before an engine is started."""
+    from vllm.model_executor.layers.fused_moe.experts.triton_moe import TritonExperts
+    from vllm.model_executor.layers.fused_moe.router import fused_topk_router
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        workspace.init_workspace_manager(torch.device("cpu"))
+    TritonExperts.apply = _apply
+    fused_topk_router.vllm_topk_softmax = _softmax
+    fused_topk_router.vllm_topk_sigmoid = _sigmoid
+
+
+def _softmax(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    _: torch.Tensor,
+    gate: torch.Tensor,
+    renormalize: bool = False,
+    *__: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _route(weights, ids, torch.softmax(gate.float(), -1), renormalize)
+
+
+def _sigmoid(
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    _: torch.Tensor,
+    gate: torch.Tensor,
+    renormalize: bool = False,
+    *__: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _route(weights, ids, torch.sigmoid(gate.float()), renormalize)
+
+
+def _route(
+    weights: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, renormalize: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    best, chosen = scores.topk(weights.shape[-1])
+    weights.copy_(best / best.sum(-1, keepdim=True) if renormalize else best)
+    ids.copy_(chosen)
+    return weights, ids
+
+
+def _apply(
+    self: Any,
+    output: torch.Tensor,
+    hidden_states: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Any,
+    *_: Any,
+    apply_router_weight_on_input: bool = False,
+    **__: Any,
+) -> None:
+    assert activation.value == "silu", activation
+    context = self._lora_context
+    tokens, ids = len(topk_ids), topk_ids.long()
+    slots = _slots(context, tokens)
+    x = hidden_states.float()[:, None].expand(-1, ids.shape[1], -1)
+    gate_up = torch.einsum("tkh,tkih->tki", x, w1[ids].float())
+    down_lora = None
+    if slots is not None:
+        pairs = zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True)
+        gate_up += torch.cat([_product(x, a, b, slots, ids) for a, b in pairs], -1)
+        [down_lora] = zip(context.w2_lora_a_stacked, context.w2_lora_b_stacked, strict=True)
+    gate_up = gate_up.to(hidden_states.dtype).float()
+    gate, up = gate_up.chunk(2, -1)
+    hidden = (silu(gate) * up).to(hidden_states.dtype).float()
+    down = torch.einsum("tki,tkhi->tkh", hidden, w2[ids].float())
+    if down_lora is not None:
+        down += _product(hidden, *down_lora, slots, ids)
+    scores = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+    output.copy_((down * scores[..., None].float()).sum(1).to(output.dtype))
+
+
+def _slots(context: Any, tokens: int) -> torch.Tensor | None:
+    """Return each token's slot, -1 without LoRA on experts; None if no token has any."""
+    if context is None:
+        return None
+    indices = context.punica_wrapper.token_lora_indices[:tokens].long()
+    slots = torch.full((tokens,), -1)
+    slots[: len(indices)] = indices
+    slots = torch.where(context.adapter_enabled.bool()[slots.clamp(min=0)], slots, -1)
+    return slots if bool((slots >= 0).any()) else None
+
+
+def _product(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """Return B A x of each token's slot and experts."""
+    slot = slots.clamp(min=0)[:, None]
+    # One tensor for all experts has one row there.
+    a, b = (t[slot, ids.clamp(max=t.shape[1] - 1)].float() for t in (a, b))
+    y = torch.einsum("tkor,tkr->tko", b, torch.einsum("tkrh,tkh->tkr", a, x))
+    return torch.where((slots >= 0)[:, None, None], y, 0.0)
