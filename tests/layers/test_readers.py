@@ -161,6 +161,14 @@ def test_second_parent_that_reads_the_weight_is_a_reason_to_refuse() -> None:
     assert "Reads" in find_refusals(layer)["proj"]
 
 
+def test_parent_that_reads_the_weight_on_other_platforms_only_gets_the_lora_layer() -> None:
+    """``MoERunner`` calls the router; on ROCm it multiplies by a copy of the weight (``tables.READS``)."""
+    model, layer = build(runner=type("MoERunner", (Reads,), {}))
+    create(model, layer)
+    assert model.runner.gate is layer
+    assert not find_refusals(layer)
+
+
 def test_layer_whose_weight_attention_absorbs_is_refused() -> None:
     """Its sparse implementations keep no reference to the layer until 0.24.0."""
     model, layer = build()

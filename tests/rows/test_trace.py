@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.twin import COLUMNS, ROWS, Twin, Weights, rows, trace
 from torch import nn
 
 from vllm_nway_lora.rows.held import gather
 from vllm_nway_lora.rows.recorder import TraceError
-from vllm_nway_lora.rows.trace import Traced, trace_modules
-
-ROWS, COLUMNS = 8, 4
-Weights = Iterator[tuple[str, torch.Tensor]]
-
-
-class Twin(nn.Module):
-    """A model of rank 1 of 2: ``fused`` holds half of q's rows, then half of k's; ``down`` half the columns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fused = self.add(ROWS, COLUMNS, self.load_half_of_rows)
-        self.down = self.add(ROWS, COLUMNS // 2, self.load_half_of_columns)
-        self.copied = nn.Parameter(torch.empty(ROWS, COLUMNS, device="meta"), requires_grad=False)
-
-    def add(self, rows: int, columns: int, loader: Callable[..., None]) -> Any:
-        parameter: Any = nn.Parameter(
-            torch.empty(rows, columns, device="meta"), requires_grad=False
-        )
-        parameter.weight_loader = loader
-        return parameter
-
-    @staticmethod
-    def load_half_of_rows(parameter: Any, weight: torch.Tensor, shard: str) -> None:
-        start = 4 if shard == "k" else 0
-        parameter.data[start : start + 4] = weight.narrow(0, 4, 4)
-
-    @staticmethod
-    def load_half_of_columns(parameter: Any, weight: torch.Tensor) -> None:
-        width = parameter.shape[1]
-        parameter.data.copy_(weight.narrow(1, width, width))
-
-    def load_weights(self, weights: Weights) -> None:
-        for name, weight in weights:
-            self.load(name.removesuffix(".weight"), weight)
-
-    def load(self, name: str, weight: torch.Tensor) -> None:
-        if name in ("q", "k"):
-            self.fused.weight_loader(self.fused, weight, name)
-        elif name == "down":
-            self.down.weight_loader(self.down, weight)
-        elif name == "copied":
-            self.copied.weight_loader(self.copied, weight)
-        elif name != "skipped":
-            raise ValueError(f"there is no module named {name}")
-
-
-def trace(twin: nn.Module, *modules: str) -> dict[str, Traced]:
-    return trace_modules(twin, dict.fromkeys(modules, (ROWS, COLUMNS)))
-
-
-def rows(traced: Traced) -> list[list[int]]:
-    return [place.rows.tolist() for place in traced.places]
+from vllm_nway_lora.rows.trace import trace_modules
 
 
 def test_rows_and_columns_are_those_of_the_rank() -> None:
@@ -153,70 +102,6 @@ def test_layers_with_equal_loaders_are_numbered_once() -> None:
     assert found["layers.1.q"].paths == ("layers.1.fused",)
     assert rows(found["layers.1.q"]) == rows(found["layers.0.q"])
     assert rows(found["layers.2.q"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda weight: weight * 2,
-        lambda weight: (weight + weight.roll(2, 0)) / 2,
-        lambda weight: -weight.flip(0) + 2**24,
-    ],
-    ids=["multiple", "mean", "difference"],
-)
-def test_model_that_changes_values_is_no_copy(change: Callable[..., torch.Tensor]) -> None:
-    class Changing(Twin):
-        def load(self, name: str, weight: torch.Tensor) -> None:
-            super().load(name, change(weight))
-
-    found = trace(Changing(), "q", "down")
-    assert found["q"].places == ()
-    assert found["q"].fault == "ChangedError: the model changes its values while it loads them"
-    assert found["q"].is_changed
-
-
-def test_weight_that_the_model_changes_does_not_hide_the_others() -> None:
-    class Scaling(Twin):
-        def load(self, name: str, weight: torch.Tensor) -> None:
-            super().load(name, weight * 3 if name == "q" else weight)
-
-    found = trace(Scaling(), "q", "k")
-    assert (found["q"].is_changed, found["k"].is_changed) == (True, False)
-    assert rows(found["k"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
-
-
-def test_changed_weight_is_found_in_a_model_that_lists_all_weights_first() -> None:
-    """Llama 4 does up to 0.20.2: every weight arrives under the name of the last one."""
-
-    class Listing(Twin):
-        def load_weights(self, weights: Weights) -> None:
-            super().load_weights(iter(list(weights)))
-
-        def load(self, name: str, weight: torch.Tensor) -> None:
-            super().load(name, weight * 3 if name == "q" else weight)
-
-    found = trace(Listing(), "q", "skipped", "k", "down")
-    assert [name for name, traced in found.items() if traced.is_changed] == ["q"]
-    assert rows(found["k"]) == [[-1, -1, -1, -1, 4, 5, 6, 7]]
-    assert rows(found["down"]) == [list(range(8))]
-    assert not found["skipped"].places
-
-
-def test_model_that_loads_in_a_narrow_type_is_not_one_that_changes_values() -> None:
-    class Narrow(Twin):
-        def load(self, name: str, weight: torch.Tensor) -> None:
-            super().load(name, weight.bfloat16().float())
-
-    [traced] = trace(Narrow(), "q").values()
-    assert traced.fault == "TraceError: the model loads it in a type too narrow for the numbers"
-    assert not traced.is_changed
-
-
-def test_numbers_of_many_modules_are_loaded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_nway_lora.rows.codes.MAX_NUMBERS", 2 * ROWS)
-    found = trace(Twin(), "q", "k", "down", "copied")
-    assert [traced.fault for traced in found.values()] == [""] * 4
-    assert rows(found["copied"]) == [list(range(8))]
 
 
 def test_transposed_weight_is_no_copy_of_rows() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from vllm_nway_lora.layers.readers import Reader, find_readers
+from vllm_nway_lora.models import tables
 from vllm_nway_lora.rows.notes import get_notes, set_notes
 
 logger = logging.getLogger("vllm.nway_lora")
@@ -34,7 +35,7 @@ def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, k
         name = names.get(id(reader.layer))
         if name is None:
             continue
-        if reader.is_child and not _reads_weight(reader):
+        if reader.is_child and (_is_known(reader) or not _reads_weight(reader)):
             setattr(reader.holder, reader.attribute, manager.modules[name])
             continue
         known = get_notes(reader.layer).refusals
@@ -91,6 +92,15 @@ def _names_copied_by(owner: type) -> tuple[str, ...]:
     copying = vars(owner).get("process_weights_after_loading")
     code = getattr(copying, "__code__", None)
     return code.co_names if code is not None else ()
+
+
+def _is_known(reader: Reader) -> bool:
+    """Return whether the tables know when a layer's second parent reads its weight, and when it calls it.
+
+    If it reads the weight here, adapters on the layer have been refused when the model was prepared.
+    """
+    owners = {owner.__name__ for owner in type(reader.holder).__mro__}
+    return any(read.parent in owners and read.layer == reader.attribute for read in tables.READS)
 
 
 def _reads_weight(reader: Reader) -> bool:
