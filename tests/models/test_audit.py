@@ -45,7 +45,7 @@ def test_layers_are_exact_ours_or_refused(tmp_path: Path) -> None:
     assert words[f"{LAYER}.self_attn.qkv_proj: k_proj"] == "exact"
     assert words[f"{LAYER}.self_attn.o_proj: o_proj"] == "exact"
     assert words[f"{LAYER}.mamba.in_proj: in_proj"] == "ours"
-    assert words[f"{LAYER}.mamba.conv#d: conv1d"].startswith("refused: the convolution kernel")
+    assert words[f"{LAYER}.mamba.conv1d: conv1d"].startswith("refused: the convolution kernel")
 
 
 def test_layers_without_a_trace_are_by_table(

@@ -45,7 +45,19 @@ def test_model_that_reorders_rows_is_followed() -> None:
         def load(self, name: str, weight: torch.Tensor) -> None:
             super().load(name, weight.view(4, 2, COLUMNS).transpose(0, 1).reshape(ROWS, COLUMNS))
 
-    assert rows(trace(Reordering(), "q")["q"]) == [[1, 3, 5, 7, -1, -1, -1, -1]]
+    traced = trace(Reordering(), "q")["q"]
+    assert rows(traced) == [[1, 3, 5, 7, -1, -1, -1, -1]]
+    assert [place.received for place in traced.places] == [ROWS]
+
+
+def test_rows_that_a_model_repeats_show_in_what_the_loader_receives() -> None:
+    """K2-Horizon repeats the key heads if there are fewer of them than ranks."""
+
+    class Repeating(Twin):
+        def load(self, name: str, weight: torch.Tensor) -> None:
+            super().load(name, weight.repeat_interleave(2, 0))
+
+    assert trace(Repeating(), "q")["q"].places[0].received == 2 * ROWS
 
 
 def test_model_that_loads_a_weight_twice_is_followed() -> None:

@@ -149,10 +149,33 @@ def _trace(
         }
         if not asked:
             break
-        for name, result in trace_modules(twin, {n: wanted[k] for n, k in asked.items()}).items():
-            traced[asked[name]] = result
+        results = trace_modules(twin, {name: wanted[key] for name, key in asked.items()})
+        traced |= {asked[name]: result for name, result in results.items()}
+        fewer = {
+            n: shape for n, key in asked.items() if (shape := _unrepeat(wanted[key], results[n]))
+        }
+        for name, result in trace_modules(twin, fewer).items():
+            if _received(result) == {wanted[asked[name]][0]}:
+                traced[asked[name]], wanted[asked[name]] = result, fewer[name]
         names = {key: of[1:] for key, of in names.items()}
     return _gather(twin, layers, wanted, traced), _find_changed(traced)
+
+
+def _received(result: Traced) -> set[int]:
+    return {place.received for place in result.places}
+
+
+def _unrepeat(shape: tuple[int, int], result: Traced) -> tuple[int, int] | None:
+    """Return the shape of a weight whose rows the model repeats before the layer's loader runs.
+
+    K2-Horizon's layer counts a key head once per rank that holds it, and its model repeats the heads.
+    """
+    rows, columns = shape
+    received = max(_received(result), default=rows)
+    times = received // rows
+    if times < 2 or received % rows or rows % times:
+        return None
+    return rows // times, columns
 
 
 def _find_changed(traced: Mapping[tuple[str, str], Traced]) -> dict[str, dict[str, str]]:

@@ -32,11 +32,13 @@ class Place:
         parameter: the parameter's path in the model.
         rows: int64, shape ``(local rows,)``: the module's row in each row, -1 where none is.
         columns: int64, shape ``(local columns,)``: the module's column in each column, or -1.
+        received: the rows that the model passes to the parameter's loader, over all ranks.
     """
 
     parameter: str
     rows: torch.Tensor
     columns: torch.Tensor
+    received: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +198,11 @@ def _number(twin: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> dict[str,
             found[name] = Traced(is_unknown=is_unknown and len(shapes) > 1)
             continue
         found[name] = Traced(
-            tuple(Place(rows[key][0].path, rows[key][1], columns[key][1]) for key in keys),
+            tuple(
+                Place(call.path, index, columns[key][1], len(call.loaded))
+                for key in keys
+                for call, index in [rows[key]]
+            ),
             tuple(rows[key][0].shard_ids() for key in keys),
         )
     return found
