@@ -154,7 +154,7 @@ def _trace(
         fewer = {
             n: shape for n, key in asked.items() if (shape := _unrepeat(wanted[key], results[n]))
         }
-        for name, result in trace_modules(twin, fewer).items():
+        for name, result in (trace_modules(twin, fewer) if fewer else {}).items():
             if _received(result) == {wanted[asked[name]][0]}:
                 traced[asked[name]], wanted[asked[name]] = result, fewer[name]
         names = {key: of[1:] for key, of in names.items()}
@@ -198,9 +198,12 @@ def _gather(
 ) -> dict[str, dict[str, Held]]:
     """Return per layer, of those whose rows are all accounted for, what it holds of its modules."""
     paths = {id(parameter): path for path, parameter in twin.named_parameters()}
+    modules_of: dict[str, list[str]] = {}
+    for path, module in wanted:
+        modules_of.setdefault(path, []).append(module)
     found: dict[str, dict[str, Held]] = {}
-    for path, layer in layers.items():
-        modules = [module for of, module in wanted if of == path]
+    for path, modules in modules_of.items():
+        layer = layers[path]
         try:
             held = {
                 module: gather(
