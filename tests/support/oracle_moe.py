@@ -6,6 +6,8 @@ slots, slices and names stay vLLM's.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,36 +23,21 @@ def replace_kernels() -> None:
     if not workspace.is_workspace_manager_initialized():
         workspace.init_workspace_manager(torch.device("cpu"))
     TritonExperts.apply = _apply
-    fused_topk_router.vllm_topk_softmax = _softmax
-    fused_topk_router.vllm_topk_sigmoid = _sigmoid
-
-
-def _softmax(
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    _: torch.Tensor,
-    gate: torch.Tensor,
-    renormalize: bool = False,
-    *__: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _route(weights, ids, torch.softmax(gate.float(), -1), renormalize)
-
-
-def _sigmoid(
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    _: torch.Tensor,
-    gate: torch.Tensor,
-    renormalize: bool = False,
-    *__: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _route(weights, ids, torch.sigmoid(gate.float()), renormalize)
+    softmax = functools.partial(torch.softmax, dim=-1)
+    fused_topk_router.vllm_topk_softmax = functools.partial(_route, score=softmax)
+    fused_topk_router.vllm_topk_sigmoid = functools.partial(_route, score=torch.sigmoid)
 
 
 def _route(
-    weights: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor, renormalize: bool
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    _: torch.Tensor,
+    gate: torch.Tensor,
+    renormalize: bool = False,
+    *__: Any,
+    score: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    best, chosen = scores.topk(weights.shape[-1])
+    best, chosen = score(gate.float()).topk(weights.shape[-1])
     weights.copy_(best / best.sum(-1, keepdim=True) if renormalize else best)
     ids.copy_(chosen)
     return weights, ids
