@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 
@@ -21,9 +22,9 @@ class Ranks:
         self.size = size
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["vllm.lora.model_manager", "support.layers"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        # A file, not a port: another process can take a free port before rank 0 listens on it.
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        address = f"file://{self._folder.name}/store"
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -32,6 +33,8 @@ class Ranks:
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
+            theirs.close()  # so that the end of a rank ends `recv` too
+        self._receive()
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Call ``function(*args, **kwargs)`` on every rank; return the results in rank order.
@@ -41,6 +44,9 @@ class Ranks:
         """
         for pipe in self._pipes:
             pipe.send((function, args, kwargs))
+        return self._receive()
+
+    def _receive(self) -> list[Any]:
         answers = [pipe.recv() for pipe in self._pipes]
         for rank, (error, _) in enumerate(answers):
             if error:
@@ -55,6 +61,10 @@ class Ranks:
             process.join(30)
             if process.is_alive():
                 process.kill()
+        # vLLM's CPU communicator leaves its shared memory behind (0.17.1 to 0.33.0).
+        for segment in Path("/dev/shm").glob(f"{Path(self._folder.name).name}-*"):
+            segment.unlink()
+        self._folder.cleanup()
 
 
 def _serve(pipe: Connection, address: str, rank: int, size: int) -> None:
@@ -64,10 +74,15 @@ def _serve(pipe: Connection, address: str, rank: int, size: int) -> None:
 
     torch.set_num_threads(1)
     # vLLM's launcher sets this; vLLM's CPU communicator uses it to name the group's shared memory.
-    os.environ["VLLM_DIST_IDENT"] = address.rpartition(":")[2]
+    os.environ["VLLM_DIST_IDENT"] = Path(address).parent.name
     with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(size, rank, address, rank, "gloo")
-        parallel_state.initialize_model_parallel(size)
+        try:
+            parallel_state.init_distributed_environment(size, rank, address, rank, "gloo")
+            parallel_state.initialize_model_parallel(size)
+        except Exception:
+            pipe.send((traceback.format_exc(), None))
+            return
+        pipe.send((None, None))
         while (job := pipe.recv()) is not None:
             function, args, kwargs = job
             try:
