@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import mixtures
 from support.audit import audit
 from support.audit_words import audit_rank
 from support.families import FAMILIES
@@ -84,6 +85,27 @@ def test_columns_that_are_not_the_traces_differ(
     monkeypatch.setattr(claims, "find_difference", lambda *_: "")
     words = words_of("Llama 4", tmp_path)
     assert words[f"{LAYER}.feed_forward.down_proj: down_proj"] == "DIFFERS: its columns"
+
+
+def words_of_experts(folder: Path) -> dict[str, str]:
+    name = "Qwen3MoeForCausalLM"
+    config = {**mixtures.COMMON, **mixtures.CONFIGS[name], "architectures": [name]}
+    save_config(folder, config)
+    import_classes(config)
+    words = audit_rank(str(folder), 1, 2)
+    start = f"{LAYER}.mlp.experts: "
+    return {key.removeprefix(start): word for key, word in words.items() if key.startswith(start)}
+
+
+def test_experts_are_exact_by_table_or_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ["down_proj", "gate_proj", "up_proj"]
+    assert words_of_experts(tmp_path) == dict.fromkeys(kinds, "exact")
+    monkeypatch.setattr("support.audit_words.find_difference", lambda *_: "its rows")
+    assert words_of_experts(tmp_path) == dict.fromkeys(kinds, "DIFFERS: its rows")
+    monkeypatch.setattr(traced, "trace_experts", lambda *_: [])
+    assert words_of_experts(tmp_path) == {"experts": "by table"}
 
 
 def test_a_class_that_cannot_be_built_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 ``python -P -m support.audit OUT [ARCHITECTURE...]`` walks the registry of the installed vLLM. Each
 architecture is built offline, without memory, in a process forked from this one. ``ci/audit.py`` runs
-this module in a release's environment. Experts are left out.
+this module in a release's environment.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ from unittest import mock
 import torch
 from vllm.model_executor.layers.linear import LinearBase
 
+from support.mixtures import find_mixtures
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.layers.classes import layer_classes
+from vllm_nway_lora.layers.traced_experts import find_difference
 from vllm_nway_lora.models import traced
 from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.notes import get_notes
@@ -35,7 +37,7 @@ def audit_rank(folder: str, number: int, size: int) -> Words:
     except NotImplementedError:  # its constructor reads a value
         rank = offline.configure(folder, number, size, max_lora_rank=MAX_RANK)
         offline.build(rank, "cpu")
-    offline.drop_experts(rank.model)
+    mixtures = find_mixtures(rank.model)
     layers = {
         path: layer for path, layer in rank.model.named_modules() if isinstance(layer, LinearBase)
     }
@@ -43,6 +45,10 @@ def audit_rank(folder: str, number: int, size: int) -> Words:
         rank.wrap()
     manager = rank.lora_manager
     found: dict[str, set[str]] = {}
+    for path, mixture in mixtures.items():
+        reason = reasons.get(f"{path}.routed_experts", reasons.get(path, ""))
+        for module, word in judge_experts(mixture, manager.modules.get(path), reason).items():
+            found.setdefault(f"{fold(path)}: {module}", set()).add(fold(word))
     with rank.current():
         for path, layer in layers.items():
             name = path.rpartition(".")[2]
@@ -51,6 +57,29 @@ def audit_rank(folder: str, number: int, size: int) -> Words:
             for module, word in judge(layer, lora_layer, modules, reasons.get(path, "")).items():
                 found.setdefault(f"{fold(path)}: {module}", set()).add(fold(word))
     return {line: BETWEEN.join(sorted(words)) for line, words in sorted(found.items())}
+
+
+def judge_experts(layer: Any, lora_layer: Any, reason: str = "") -> Words:
+    """Return module -> the word for LoRA on it, of a mixture of experts.
+
+    Args:
+        layer: the layer that vLLM's LoRA layer replaces.
+        lora_layer: its LoRA layer; None if it has none.
+        reason: why the mixture could not be traced.
+    """
+    notes = get_notes(layer)
+    if notes.refusals:
+        return {module: f"refused: {text}" for module, text in notes.refusals.items()}
+    if lora_layer is None:
+        return {"experts": "no LoRA"}
+    if notes.mixture is None:
+        return {"experts": f"by table: {reason}"[:100] if reason else "by table"}
+    try:
+        difference = find_difference(lora_layer, notes.mixture)
+    except Exception as error:  # other sizes than the trace's
+        return dict.fromkeys(notes.mixture.kinds, f"by table: {error}"[:100])
+    word = f"DIFFERS: {difference}" if difference else "exact"
+    return dict.fromkeys(notes.mixture.kinds, word)
 
 
 def judge(layer: Any, lora_layer: Any, modules: Sequence[str], reason: str = "") -> Words:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import vllm
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
+from vllm.lora.layers import FusedMoEWithLoRA, MergedColumnParallelLinearWithLoRA
 from vllm.model_executor import custom_op
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -20,8 +21,10 @@ from vllm.model_executor.layers.linear import (
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.compat import defects
+from vllm_nway_lora.layers import traced_experts
 from vllm_nway_lora.layers.traced import find_difference, plan_traced
 from vllm_nway_lora.models import tables
+from vllm_nway_lora.models.traced_experts import refuse
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import LayerNotes, get_notes, set_notes
 from vllm_nway_lora.rows.plan import FusionPlan, Output, build_plan, refuse_all
@@ -80,6 +83,9 @@ def plan_against_stock(
     Raises:
         PlanError: as for :func:`plan_for`.
     """
+    if isinstance(lora_layer, FusedMoEWithLoRA):
+        _compare_experts(layer, lora_layer)
+        return None
     held = get_notes(layer).traced
     if held is None or not isinstance(layer, LinearBase):
         return None
@@ -99,6 +105,29 @@ def plan_against_stock(
         return plan_traced(layer, _name(layer), modules, held)
     except Exception as error:  # a loader of another package, when it is asked for the outputs
         return _refuse(layer, modules, PlanError(str(error)))
+
+
+def _compare_experts(layer: Any, lora_layer: Any) -> None:
+    """Refuse every adapter on a mixture of experts whose trace differs from vLLM's slots."""
+    mixture = get_notes(layer).mixture
+    if mixture is None:
+        return
+    try:
+        difference = traced_experts.find_difference(lora_layer, mixture)
+    except Exception as error:  # a kernel pads its weights, or a class of another package
+        _log_once(
+            logging.INFO, f"By table: mixtures of experts. Their slots are not compared: {error}"
+        )
+        return
+    if difference:
+        reason = f"vllm-nway-lora cannot serve LoRA on its experts: {difference}"
+        refuse(layer, mixture.kinds, reason)
+        _log_once(logging.WARNING, f"{reason}. Adapters on them will be refused.")
+
+
+@functools.cache
+def _log_once(level: int, text: str) -> None:
+    logger.log(level, text)
 
 
 def _refuse(layer: Any, modules: Sequence[str], error: PlanError) -> FusionPlan:

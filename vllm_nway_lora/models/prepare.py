@@ -14,6 +14,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm_nway_lora.models import k2_horizon, muse_spark, tables
 from vllm_nway_lora.models.mapping import complete_mapping
 from vllm_nway_lora.models.traced import trace_model
+from vllm_nway_lora.models.transformers_names import note_config
 from vllm_nway_lora.rows.notes import set_notes
 
 logger = logging.getLogger("vllm.nway_lora")
@@ -29,6 +30,7 @@ def prepare_and_map(
     """
     model: nn.Module = args[0] if args else kwargs["model"]
     prepare_model(model)
+    note_config(model)
     mapping = complete_mapping(model, wrapped(*args, **kwargs))
     trace_model(model, mapping)
     return mapping

@@ -22,6 +22,14 @@ OUTPUTS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "in_proj_qkvz": {"in_proj_qkv": (0, 1, 2), "in_proj_z": (3,)},
 }
 
+#: (module, number of its outputs) -> the names that trainers give to modules of one output each, where
+#: they do not follow from the module's name; empty for an output without a name.
+PARTS: Mapping[tuple[str, int], tuple[str, ...]] = {
+    # Mamba2: outputs z, x, B, C, dt. Names of Tinker's archives for Nemotron-H (thinking-machines-lab/
+    # tinker-cookbook, weights/_adapter.py, 9dfcc3a).
+    ("in_proj", 5): ("gate_proj", "x_proj", "", "", ""),
+}
+
 #: Modules of fused projections that some model classes omit from ``packed_modules_mapping``.
 UNLISTED: Mapping[str, tuple[str, ...]] = {
     # GLM-5-Next's KDA (models/glm5next/common/model.py, load_weights; vllm-project/vllm#56327).

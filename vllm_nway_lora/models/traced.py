@@ -25,6 +25,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from vllm_nway_lora.models import mamba2, muse_spark, tables
 from vllm_nway_lora.models.names import checkpoint_names
+from vllm_nway_lora.models.traced_experts import trace_experts
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.held import Held, gather
 from vllm_nway_lora.rows.notes import get_notes, set_notes
@@ -39,7 +40,7 @@ _VLLM_LOADERS = (MergedColumnParallelLinear.weight_loader, QKVParallelLinear.wei
 
 
 def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
-    """Trace the linear layers and embeddings of ``model`` and set their notes; log and leave the rest untraced.
+    """Trace the layers of ``model`` that take LoRA and set their notes; log and leave the rest untraced.
 
     Args:
         model: the built model, not wrapped for LoRA yet.
@@ -53,6 +54,7 @@ def trace_model(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
         twin = build_twin(model, vllm_config)
         found, refused = _trace(model, twin, mapping)
         by_table = _note(model, found, refused)
+        by_table += trace_experts(model, twin, mapping)
     except Exception as error:  # any constructor or loader, also of other packages
         logger.info(
             "vllm-nway-lora cannot trace %s (%s: %s). The rows of its fused projections are those of "

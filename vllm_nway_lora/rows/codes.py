@@ -44,8 +44,10 @@ class Codes:
         start = self._starts[name]
         return self._sorted[self._place[start : start + self._sizes[name]]].float()
 
-    def decode(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return per module its index at each of ``numbers``, -1 where there is another or none.
+    def locate(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return at each of ``numbers`` the module, by its place in ``sizes``, and the module's index.
+
+        Both are int64, of the shape of ``numbers``, and -1 where there is none.
 
         Raises:
             TraceError: a number above 0 is none of these.
@@ -58,10 +60,20 @@ class Codes:
                 raise TraceError("the model loads it in a type too narrow for the numbers")
             raise ChangedError("the model changes its values while it loads them")
         index = torch.where(is_code, self._order[at], -1)
-        names, starts = list(self._starts), torch.tensor(list(self._starts.values()))
+        starts = torch.tensor(list(self._starts.values()))
         owner = torch.searchsorted(starts, index, right=True) - 1  # -1 below all of them
+        return owner, torch.where(owner >= 0, index - starts[owner], -1)
+
+    def decode(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return per module its index at each of ``numbers``, -1 where there is another or none.
+
+        Raises:
+            TraceError: as for :meth:`locate`.
+        """
+        owner, index = self.locate(numbers)
+        names = list(self._starts)
         return {
-            names[number]: torch.where(owner == number, index - int(starts[number]), -1)
+            names[number]: torch.where(owner == number, index, -1)
             for number in owner.unique().tolist()
             if number >= 0
         }

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_nway_lora.rows.experts import HeldExperts
 from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.plan import FusionPlan
 
@@ -26,6 +27,8 @@ class LayerNotes:
         shards: per output its shard id and its rows in a checkpoint; None if the layer says so itself.
         traced: module -> what the layer's weight holds of it on this rank. A module that the model
             does not have in this layer is left out. None if the layer could not be traced.
+        mixture: what the weights of a mixture of experts hold on this rank. None if the layer is no
+            mixture or could not be traced.
     """
 
     plan: FusionPlan | None = None
@@ -33,6 +36,7 @@ class LayerNotes:
     modules: tuple[str, ...] = ()
     shards: Sequence[tuple[int | str, int]] | None = None
     traced: Mapping[str, Held] | None = None
+    mixture: HeldExperts | None = None
 
 
 def get_notes(layer: Any) -> LayerNotes:

@@ -7,6 +7,7 @@ No loader runs, so no memory is written. Nothing of vLLM is imported here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vllm_nway_lora.rows.errors import PlanError
 
@@ -50,6 +52,7 @@ class Call:
         return list(given[0]) if isinstance(given[0], (tuple, list)) else [given[0]]
 
 
+@functools.lru_cache(2**16)
 def fold(name: str) -> str:
     """Return ``name`` with the numbers of layers replaced by ``#``: ``layers.0.w1`` is ``layers.#.w1``."""
     return re.sub(r"\b\d+\b", "#", name)
@@ -65,11 +68,21 @@ def renumber(path: str, first: str, other: str) -> str:
 
 
 def record(
-    twin: nn.Module, weights: Mapping[str, torch.Tensor]
+    twin: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    suffix: str = ".weight",
+    copies: bool = False,
 ) -> tuple[dict[str, list[Call]], dict[str, str]]:
     """Pass weights to ``load_weights`` and return each module's calls of loaders, and its fault.
 
     A failure ends ``load_weights``. It starts again behind the module that has failed.
+
+    Args:
+        twin: the model's class, built on the meta device for this rank and without quantisation.
+        weights: module's name in a checkpoint -> its weight.
+        suffix: what follows the module's name in the name of its weight.
+        copies: whether a whole parameter that the model copies itself is a call too, of a loader that
+            copies.
     """
     calls: dict[str, list[Call]] = {}
     faults: dict[str, str] = {}
@@ -78,9 +91,12 @@ def record(
     def feed(names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             current.append(name)
-            yield f"{name}.weight", weights[name]
+            yield f"{name}{suffix}", weights[name]
 
-    with _recording(twin, lambda call: calls.setdefault(current[-1], []).append(call)):
+    def keep(call: Call) -> None:
+        calls.setdefault(current[-1], []).append(call)
+
+    with _recording(twin, keep), _Copies(twin, keep) if copies else contextlib.nullcontext():
         rest = list(weights)
         while rest:
             current.clear()
@@ -109,10 +125,13 @@ def _recording(twin: nn.Module, keep: Callable[[Call], None]) -> Iterator[None]:
     paths = {id(parameter): path for path, parameter in twin.named_parameters()}
 
     def recorder(loader: Callable[..., Any]) -> Callable[..., Any]:
-        def load(parameter: Any, loaded: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
+        def load(*given: Any, **kwargs: Any) -> bool:
+            # Experts' weights are passed by name in some releases.
+            named = [kwargs.pop(name) for name in ("param", "loaded_weight")[len(given) :]]
+            parameter, loaded, *args = *given, *named
             if loaded.dim() > 1 and id(parameter) in paths:  # a bias has one dimension
                 path = paths[id(parameter)]
-                keep(Call(path, loaded, args, kwargs, parameter, loader))
+                keep(Call(path, loaded, tuple(args), kwargs, parameter, loader))
             return True  # experts' loaders say whether they have an expert
 
         return load
@@ -128,6 +147,30 @@ def _recording(twin: nn.Module, keep: Callable[[Call], None]) -> Iterator[None]:
             else:
                 stack.callback(setattr, holder, "weight_loader", own)
         yield
+
+
+class _Copies(TorchFunctionMode):
+    """Record copies into whole parameters, and keep tensors that take no memory from taking some."""
+
+    def __init__(self, twin: nn.Module, keep: Callable[[Call], None]) -> None:
+        super().__init__()
+        self._keep = keep
+        self._parameters = {
+            parameter.untyped_storage()._cdata: (path, parameter)
+            for path, parameter in twin.named_parameters()
+        }
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is torch.Tensor.contiguous and 0 in args[0].stride():
+            return args[0]
+        if function is torch.Tensor.copy_ and args[0].is_meta:
+            path, parameter = self._parameters.get(args[0].untyped_storage()._cdata, ("", args[0]))
+            if path and parameter.shape == args[0].shape:
+                self._keep(Call(path, args[1], (), {}, parameter, _copy))
+                return args[0]
+        return function(*args, **(kwargs or {}))
 
 
 def _copy(parameter: Any, loaded: torch.Tensor) -> None:

@@ -217,7 +217,7 @@ def _load_rows(call: Call) -> list[torch.Tensor]:
         raise TraceError("the model loads it transposed or mixes its columns")
     # A row-parallel loader takes this rank's part of the columns.
     parts = max(1, loaded.shape[1] // parameter.shape[1])
-    shadow = _shadow(parameter, (parameter.shape[0], 1))
+    shadow = make_shadow(parameter, (parameter.shape[0], 1))
     call.loader(shadow, column.expand(-1, parts).contiguous(), *call.args, **call.kwargs)
     return [shadow.data[:, 0]]
 
@@ -236,7 +236,7 @@ def _load_columns(call: Call) -> list[torch.Tensor]:
         return list(rows)  # only rows are sharded
     found = []
     for row in rows:
-        shadow = _shadow(parameter, (1, parameter.shape[1]))
+        shadow = make_shadow(parameter, (1, parameter.shape[1]))
         call.loader(shadow, row.unsqueeze(0), *call.args, **call.kwargs)
         found.append(shadow.data[0])
     return found
@@ -250,7 +250,7 @@ def _check_matrix(call: Call) -> None:
         )
 
 
-def _shadow(parameter: Any, shape: tuple[int, int]) -> Any:
+def make_shadow(parameter: Any, shape: tuple[int, ...]) -> Any:
     """Return a parameter like ``parameter``, of another shape, in memory, float32, all -1."""
     data = torch.full(shape, -1.0, dtype=torch.float32, device="cpu")
     shadow = torch.Tensor._make_subclass(type(parameter), data, False)

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -11,6 +15,8 @@ from unittest import mock
 import torch
 from torch import nn
 from vllm.config import set_current_vllm_config
+
+_EXPERT_MAP = "determine_expert_map"
 
 
 def build_twin(model: nn.Module, vllm_config: Any) -> nn.Module:
@@ -35,7 +41,30 @@ def build_twin(model: nn.Module, vllm_config: Any) -> nn.Module:
         stack.enter_context(mock.patch.dict(rotary_embedding._ROPE_DICT))
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(torch.device("meta"))
+        for module, name in _find_expert_maps():
+            stack.enter_context(mock.patch.object(module, name, _on_cpu(getattr(module, name))))
         return initialize_model(vllm_config=config, model_class=type(model))
+
+
+def _find_expert_maps() -> Iterator[tuple[Any, str]]:
+    """Yield where vLLM's function is that finds the experts of a rank under expert parallelism."""
+    package = "vllm.model_executor.layers.fused_moe"
+    for part in ("layer", "expert_map_manager"):  # until 0.20.2, or later
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(f"{package}.{part}")
+            if hasattr(module, _EXPERT_MAP):
+                yield module, _EXPERT_MAP
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``, whose tensors have values: constructors and loaders read those of the map."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _copy_config(vllm_config: Any) -> Any:
