@@ -125,7 +125,6 @@ def _check(options: argparse.Namespace, console: Console) -> int:
     if not (
         _has_file(options.model, "config.json")
         and _has_file(options.adapter, "adapter_config.json")
-        and _has_file(options.adapter, "adapter_model.safetensors")
     ):
         return 2
     from vllm_nway_lora.diagnosis.check import check_adapter
@@ -197,6 +196,8 @@ def _show_report(report: Report, console: Console) -> None:
     for row in report.rows:
         if row.plan:
             console.print(_drawing(row))
+    for rule in report.rules:
+        console.print(f"translated: {rule}", highlight=False, markup=False)
     for label, verdict in (("stock vLLM", report.stock), ("with the plugin", report.plugin)):
         reason = f" ({verdict.reason})" if verdict.reason else ""
         console.print(f"{label}: {_styled(verdict.outcome.value)}{reason}", highlight=False)
@@ -235,6 +236,7 @@ def _to_json(report: Report) -> dict[str, Any]:
     return {
         "stock": verdict(report.stock),
         "plugin": verdict(report.plugin),
+        "translated": report.rules,
         "layers": [row(of) for of in report.rows],
     }
 

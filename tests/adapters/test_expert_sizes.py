@@ -82,13 +82,12 @@ def test_adapters_of_another_width_are_refused(
 def test_message_names_what_is_expected_and_found() -> None:
     error = refuse(Experts(stacked=True), flat(sizes=(16, 8)))
     assert (
-        f"module {PATH}.base_layer: it is gate_up_proj of FusedMoE3DWithLoRA: expected the LoRA-A and "
-        "LoRA-B of 6 experts of rank 4, (24, 32) and (32, 24), or (6, 4, 32) and (32, 4, 6), found "
-        "(24, 16) and (16, 24)"
+        f"module {PATH}.base_layer (layer {PATH}, FusedMoE3DWithLoRA): expected 32 columns and 32 rows as "
+        "gate_up_proj or 16 columns and 32 rows as down_proj, found LoRA-A of 16 columns and LoRA-B of 16 "
+        "rows"
     ) in error
-    assert "swapped" not in error
     assert (
-        f"module {PATH}.0.gate_proj (layer {PATH}, FusedMoEWithLoRA): expected LoRA-A (r, 32) and "
+        f"module {PATH}.0.up_proj (layer {PATH}, FusedMoEWithLoRA): expected LoRA-A (r, 32) and "
         "LoRA-B (16, r), found (4, 16) and (8, 4)"
     ) in refuse(Experts(), per_expert(sizes=(16, 8)))
 
@@ -98,15 +97,18 @@ def test_message_names_what_is_expected_and_found() -> None:
 @pytest.mark.parametrize("tp", [(0, 1), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("build", [flat, deep])
 @pytest.mark.parametrize("kind", ["3d", *(["mixed"] if HAS_MIXED else [])])
-def test_swapped_columns_and_rows_are_refused(
+def test_swapped_columns_and_rows_are_exact(
     kind: str, build: Any, tp: tuple[int, int], sizes: tuple[int, int]
 ) -> None:
     """One of both modules tells, where the other one is square."""
     options, _ = KINDS[kind]
-    error = refuse(Experts(**options, sizes=sizes, tp=tp), build(sizes=sizes, swapped=True))
-    assert "Columns and rows are swapped, as PEFT 0.18 and older write them" in error
-    assert (".base_layer: it is gate_up_proj" in error) == (sizes != (32, 16))
-    assert (": it is down_proj" in error) == (sizes != (32, 32))
+    swapped = flat(sizes=sizes, swapped=True)
+    first, down = (delta.mT for delta in expect_flat(swapped))
+    assert_exact(
+        Experts(**options, sizes=sizes, tp=tp),
+        build(sizes=sizes, swapped=True),
+        [part(first, 1, tp, 2), part(down, 2, tp)],
+    )
 
 
 def part(delta: torch.Tensor, dim: int, tp: tuple[int, int], parts: int = 1) -> torch.Tensor:
@@ -209,15 +211,19 @@ def test_copies_of_shared_matrices_are_equal() -> None:
     copied = tensors | {f".w1.{A}": tensors[f".w1.{A}"].repeat(EXPERTS, 1, 1)}
     assert_exact(Experts(shared=True), copied, expect_shared(tensors))
     copied[f".w1.{A}"][1] += 1
-    assert "6 copies of the matrix that its experts share differ" in refuse(
-        Experts(shared=True), copied
+    assert (
+        "all experts have the same LoRA-A of gate_proj, and the adapter has different ones"
+        in refuse(Experts(shared=True), copied)
     )
     for name, t in (
-        (f".w1.{B}", tensors[f".w1.{B}"][:1]),
         (f".w2.{A}", tensors[f".w2.{A}"][: EXPERTS // 2]),
         (f".w3.{A}", tensors[f".w3.{A}"].repeat(2, 1, 1)),
     ):
-        assert "matrices of 6 experts" in refuse(Experts(shared=True), tensors | {name: t})
+        error = refuse(Experts(shared=True), tensors | {name: t})
+        assert "for a matrix that its experts share, found" in error
+    alike = tensors | {f".w1.{B}": tensors[f".w1.{B}"][:1]}
+    every = tensors | {f".w1.{B}": alike[f".w1.{B}"].repeat(EXPERTS, 1, 1)}
+    assert_exact(Experts(shared=True), alike, expect_shared(every))
 
 
 RSLORA = {"use_rslora": True}

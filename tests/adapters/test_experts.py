@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from support.moe import (
     DOWN,
     EXPERTS,
@@ -72,10 +73,8 @@ def test_experts_of_a_rank_are_exact(ep_rank: int) -> None:
     # vLLM reads a rank's experts only, where it reads a file.
     kept = {n: t for n, t in tensors.items() if int(n.split(".")[1]) in range(EXPERTS)[local]}
     assert_exact(Experts(ep_rank=ep_rank), kept, expected)
-    missing = without(kept, f".{local.start}.down_proj")
-    assert "9 modules of its experts are needed, 1 are missing" in Experts(ep_rank=ep_rank).add(
-        missing
-    )
+    expected[1][0] = 0
+    assert_exact(Experts(ep_rank=ep_rank), without(kept, f".{local.start}.down_proj"), expected)
 
 
 @pytest.mark.skipif(not HAS_SHARED, reason="no shared experts' tensors")
@@ -83,7 +82,8 @@ def test_shared_tensors_are_exact_and_flat_ones_refused() -> None:
     tensors = shared()
     assert_exact(Experts(shared=True), tensors, expect_shared(tensors))
     tensors = {name: t[0] for name, t in tensors.items()}
-    assert "expected tensors of 3 dimensions" in Experts(shared=True).add(tensors)
+    error = Experts(shared=True).add(tensors)
+    assert "expected LoRA-A (6, r, 32), or (1, r, 32) for a matrix that its experts share" in error
 
 
 def without(tensors: Tensors, *parts: str) -> Tensors:
@@ -103,6 +103,9 @@ def with_one_wider(tensors: Tensors) -> Tensors:
 
 
 EXPECTED = f"of {EXPERTS} experts of rank {RANK}"
+OTHER_SHAPES = (
+    f"expected the tensors of {EXPERTS} experts, LoRA-A (6 * r, columns) and LoRA-B (rows, r * 6)"
+)
 WIDER = (
     f"module {PATH}.2.up_proj (layer {PATH}, FusedMoEWithLoRA): expected LoRA-A (r, 32) and LoRA-B "
     "(16, r), found (4, 33) and (16, 4)"
@@ -113,51 +116,33 @@ REFUSED: dict[str, tuple[dict[str, bool], Tensors, str]] = {
     "flat, other number of experts": ({"stacked": True}, flat(2 * EXPERTS), EXPECTED),
     "flat, fewer experts": ({"stacked": True}, flat(EXPERTS // 2), EXPECTED),
     "flat, other rank": ({"stacked": True}, flat(rank=RANK // 2), EXPECTED),
-    "3-D, other number of experts": ({"stacked": True}, deep(2 * EXPERTS), EXPECTED),
+    "3-D, other number of experts": ({"stacked": True}, deep(2 * EXPERTS), OTHER_SHAPES),
     "3-D, other rank": ({"stacked": True}, deep(rank=2 * RANK), EXPECTED),
-    "3-D, B by expert": ({"stacked": True}, with_b_by_expert(deep()), EXPECTED),
     "A flat, B 3-D": (
         {"stacked": True},
         flat() | {n: t for n, t in deep().items() if n.endswith(B)},
-        EXPECTED,
+        OTHER_SHAPES,
     ),
-    "1-D": ({"stacked": True}, flat() | {f"{DOWN}{B}": integers(HIDDEN)}, EXPECTED),
+    "1-D": ({"stacked": True}, flat() | {f"{DOWN}{B}": integers(HIDDEN)}, OTHER_SHAPES),
     "stacked, no B": (
         {"stacked": True},
         without(flat(), f"{GATE_UP}{B}"),
-        f"module {PATH}.base_layer: it has LoRA-A but no LoRA-B",
+        f"module {PATH}.base_layer (layer {PATH}, FusedMoE3DWithLoRA): it has LoRA-A but no LoRA-B",
     ),
-    "stacked, no down": (
+    "stacked, no down, square": (
         {"stacked": True},
         {n: t for n, t in flat().items() if GATE_UP in n},
-        f"all 2 modules of its experts are needed, 1 are missing, such as {PATH}",
+        "it is gate_up_proj alone and has as many columns as rows, 32, so that its shapes do not tell",
     ),
     "stacked, NaN": (
         {"stacked": True},
         flat() | {f"{DOWN}{A}": flat()[f"{DOWN}{A}"] * float("nan")},
         f"module {PATH}: LoRA-A times its scaling 1.0 has NaN",
     ),
-    "stacked file, flagged, without mixed format": (
-        {"is_3d_file": True},
-        flat(),
-        f"module {PATH}: vLLM would ignore it",
-    ),
-    "stacked file on experts apart": ({}, flat(), f"module {PATH}: vLLM would ignore it"),
-    "experts apart on a stacked layer": (
-        {"stacked": True},
-        per_expert(),
-        f"module {PATH}.0.up_proj: this model has no such layer",
-    ),
-    "one expert missing": (
-        {},
-        without(per_expert(), ".2."),
-        f"all 18 modules of its experts are needed, 3 are missing, such as {PATH}.2.gate_proj",
-    ),
-    "down only": ({}, without(per_expert(), "gate", "up"), "12 are missing"),
     "an expert more": (
         {},
         per_expert() | {n.replace(".2.", ".6."): t for n, t in per_expert().items() if ".2." in n},
-        f"module {PATH}.6.up_proj: this model has no such layer",
+        f"module {PATH}.6.up_proj (layer {PATH}, FusedMoEWithLoRA): the model has 6 experts",
     ),
     "other rank": ({}, per_expert(rank=2 * RANK), "says rank 4, found LoRA-A (8, 32)"),
     "one expert wider": ({}, with_one_wider(per_expert()), WIDER),
@@ -169,9 +154,38 @@ REFUSED: dict[str, tuple[dict[str, bool], Tensors, str]] = {
     "3-D per expert": (
         {},
         {name: t.unsqueeze(0) for name, t in per_expert().items()},
-        "expected tensors of 2 dimensions, found LoRA-A (1, 4, 32) and LoRA-B (1, 16, 4)",
+        "expected two-dimensional tensors, found LoRA-A (1, 4, 32) and LoRA-B (1, 16, 4)",
     ),
 }
+
+
+ZEROS_LEFT = {
+    "one expert missing": (".2.",),
+    "down only": ("gate", "up"),
+    "one module missing": (".4.gate_proj",),
+}
+
+
+@pytest.mark.parametrize("case", ZEROS_LEFT)
+def test_missing_modules_are_zeros(case: str) -> None:
+    tensors = per_expert()
+    removed = without(tensors, *ZEROS_LEFT[case])
+    zeros = {n: t if n in removed else torch.zeros_like(t) for n, t in tensors.items()}
+    assert_exact(Experts(), removed, expect_per_expert(zeros))
+
+
+@pytest.mark.parametrize("is_flagged", [False, True])
+def test_stacked_file_on_experts_apart_is_exact(is_flagged: bool) -> None:
+    assert_exact(Experts(is_3d_file=is_flagged), flat(), expect_flat(flat()))
+
+
+def test_experts_apart_on_a_stacked_layer_are_exact() -> None:
+    """Of twice the rank, which is the limit here."""
+    assert_exact(Experts(stacked=True), per_expert(), expect_per_expert(per_expert()))
+
+
+def test_b_by_expert_is_exact() -> None:
+    assert_exact(Experts(stacked=True), with_b_by_expert(deep()), expect_flat(flat()))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -32,9 +32,12 @@ VLLM_MODULES = (
 
 #: Names that vLLM's classes have too and that need no entry -> the reason.
 EXCEPTIONS = {
+    "architectures": "of a model's configuration, read with a default",
     "cache": "functools.cache",
     "capacity": "of `Residency`",
     "config": "of a model, read with a default",
+    "experts": "of `Mixture`",
+    "is_3d_moe_weight": "of a model's class, read with a default",
     "kwargs": "of `Call`",
     "load_weights": "every model class has it",
     "module": "of `Slice`",
@@ -156,7 +159,9 @@ def test_every_import_is_a_need() -> None:
 
 
 def test_exceptions_are_used() -> None:
-    assert set(EXCEPTIONS) <= {name for name, _ in used_names()} & vllm_names()
+    assert set(EXCEPTIONS) <= {name for name, _ in used_names()}
+    if is_newest():  # an older release does not know all of them
+        assert set(EXCEPTIONS) <= vllm_names()
     assert set(EXCEPTIONS).isdisjoint(others_names())
     imported = {module for _, tree in trees() for module, _ in imported_names(tree)}
     assert set(OPTIONAL_IMPORTS) <= imported

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,10 +14,7 @@ from support.families import FAMILIES, Family
 from support.families.qwen3_5 import QWEN3_5_FAMILIES
 from support.models import import_classes, save_config
 from support.verdicts import is_in_installed_vllm, save_adapter, stub_dependencies
-from torch import nn
-from vllm.model_executor.layers.linear import LinearBase
 
-from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.check import check_adapter
 from vllm_nway_lora.diagnosis.plan import plan_model
 from vllm_nway_lora.diagnosis.report import Outcome
@@ -128,19 +124,3 @@ def test_check_knows_a_weight_that_is_read_past_its_layer(tmp_path: Path) -> Non
     assert report.plugin.outcome is Outcome.REFUSED
     assert "uses the layer's weight past its LoRA" in report.plugin.reason
     assert report.stock.outcome in (Outcome.WRONG, Outcome.IGNORED)
-
-
-def test_dropped_experts_leave_no_second_way_to_a_router() -> None:
-    class MoERunner(nn.Module):
-        pass
-
-    router = LinearBase.__new__(LinearBase)
-    nn.Module.__init__(router)
-    experts: Any = MoERunner()
-    experts.gate, experts.kernel = router, nn.Identity()
-    model: Any = nn.Module()
-    model.experts, model.moe_layers = experts, [experts]
-    offline.drop_experts(model)
-    assert model.experts.gate is router
-    assert not hasattr(model.experts, "kernel")
-    assert list(model.moe_layers[0].children()) == []

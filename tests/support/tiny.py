@@ -124,15 +124,18 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
             halves.setdefault(module, {})[half[-1]] = value.float()
     deltas = {}
     for module, pair in halves.items():
-        alpha = next(
-            (
-                value
-                for key, value in settings["alpha_pattern"].items()
-                if re.match(rf"(.*\.)?({key})$", module)
-            ),
-            settings["lora_alpha"],
+        rank, alpha = (
+            next(
+                (
+                    value
+                    for key, value in settings[patterns].items()
+                    if re.match(rf"(.*\.)?({key})$", module)
+                ),
+                settings[default],
+            )
+            for patterns, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
         )
-        scaling = alpha / settings["r"] ** (0.5 if settings.get("use_rslora") else 1.0)
+        scaling = alpha / rank ** (0.5 if settings.get("use_rslora") else 1.0)
         deltas[module] = scaling * pair["B"] @ pair["A"]
     return deltas
 

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import vllm
+from vllm.lora.layers import FusedMoEWithLoRA
 
 from vllm_nway_lora import settings
 from vllm_nway_lora.adapters.errors import AdapterError
 from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
+from vllm_nway_lora.adapters.origin import get_origin
+from vllm_nway_lora.adapters.target import LayoutError
+from vllm_nway_lora.adapters.translation import translate_adapter
 from vllm_nway_lora.adapters.unmatched import sort_unmatched
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
 from vllm_nway_lora.rows.pairs import find_pair_fault
@@ -41,7 +45,9 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
     """
     if getattr(adapter, _ADMITTED_BY, None) is manager:
         return
-    findings = examine(manager, adapter)
+    findings, fault = translate_and_examine(manager, adapter)
+    if fault:
+        raise AdapterError(format_refusal(label, [fault]))
     is_lenient = settings.read_mode() is settings.Mode.LENIENT
     faults, advice = list(findings.faults), ""
     if findings.is_empty and not faults:
@@ -55,6 +61,8 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
     if faults or not is_lenient:
         faults += findings.unmatched
     if faults:
+        if rules := get_origin(adapter).rules:
+            advice = f" It was translated: {'; '.join(rules)}.{advice}"
         raise AdapterError(format_refusal(label, faults) + advice)
     for reason, modules in findings.left_out.items():
         logger.warning("%s is served without %s: %s.", label, ", ".join(modules), reason)
@@ -66,6 +74,8 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
             settings.Mode.LENIENT.value,
             "; ".join(findings.unmatched),
         )
+    if rules := get_origin(adapter).rules:
+        logger.info("%s is translated: %s.", label, "; ".join(rules))
     logger.info("%s is served: %s.", label, findings.summarize())
     setattr(adapter, _ADMITTED_BY, manager)
 
@@ -95,6 +105,8 @@ class Findings:
         elsewhere: modules of layers that are not on this rank (pipeline parallelism).
         applied: the ``LoRALayerWeights`` that layers of this rank use.
         fused: how many of them are in projections that this package serves.
+        unused: the modules that no layer of this rank uses.
+        has_experts: whether layers of experts use some.
     """
 
     faults: list[str]
@@ -103,6 +115,8 @@ class Findings:
     elsewhere: list[str]
     applied: list[Any]
     fused: int
+    unused: list[str]
+    has_experts: bool
 
     @property
     def is_empty(self) -> bool:
@@ -120,6 +134,27 @@ class Findings:
         )
 
 
+def translate_and_examine(manager: Any, adapter: Any) -> tuple[Findings, str]:
+    """Examine an adapter; if layers do not take it as it is, translate it and examine the result.
+
+    Args:
+        manager: as for :func:`examine`.
+        adapter: as for :func:`examine`.
+
+    Returns:
+        The findings, and the reason why a module has no exact translation; empty if all have one.
+    """
+    findings = examine(manager, adapter)
+    # Experts' tensors can fit in an orientation that is not the layer's.
+    if findings.faults or findings.unused or findings.has_experts:
+        try:
+            if translate_adapter(manager, adapter, findings.unused):
+                findings = examine(manager, adapter)
+        except LayoutError as error:
+            return findings, str(error)
+    return findings, ""
+
+
 def examine(manager: Any, adapter: Any) -> Findings:
     """Compare every tensor of an adapter with the layer of this rank that uses it.
 
@@ -130,12 +165,14 @@ def examine(manager: Any, adapter: Any) -> Findings:
     faults: list[str] = []
     used: dict[int, Any] = {}
     fused: set[int] = set()
+    has_experts = False
     for name, layer in manager.modules.items():
         weights_of = weights_for_layer(manager, adapter, name, layer)
         present = {id(weights): weights for _, weights in weights_of if weights is not None}
         if present:
             if isinstance(layer, NWayLinearWithLoRA):
                 fused |= present.keys()
+            has_experts = has_experts or isinstance(layer, FusedMoEWithLoRA)
             used |= present
             faults += validate_layer(manager, name, layer, weights_of)
     if not adapter.loras:
@@ -148,4 +185,13 @@ def examine(manager: Any, adapter: Any) -> Findings:
         if weights.lora_a is None or weights.lora_b is None
     ]
     unmatched, left_out, elsewhere = sort_unmatched(manager, adapter, unused)
-    return Findings(faults, unmatched, left_out, elsewhere, list(used.values()), len(fused))
+    return Findings(
+        faults,
+        unmatched,
+        left_out,
+        elsewhere,
+        list(used.values()),
+        len(fused),
+        list(unused),
+        has_experts,
+    )

@@ -125,9 +125,7 @@ def _validate_shapes(
     if isinstance(layer, FusedMoEWithLoRA):
         yield from experts.validate_experts(manager, name, layer, weights_of)
         return
-    shapes = step5.module_shapes(manager.model, name, layer) or _module_shapes(
-        layer, len(weights_of)
-    )
+    shapes = module_shapes(manager, name, layer, len(weights_of))
     for (module, weights), (columns, rows) in zip(weights_of, shapes, strict=False):
         if weights is None:
             continue
@@ -136,11 +134,23 @@ def _validate_shapes(
             yield f"module {module} (layer {name}, {kind}): {fault}"
 
 
-def _module_shapes(layer: Any, modules: int) -> Sequence[tuple[int | None, int | None]]:
+def module_shapes(
+    manager: Any, name: str, layer: Any, modules: int
+) -> Sequence[tuple[int | None, int | None]]:
     """Return per module of one of vLLM's own layers A's columns and B's rows over all ranks.
 
-    None means unknown: a custom loader may change the number of rows.
+    None means unknown: a custom loader may change the number of rows. Empty if nothing is known.
+
+    Args:
+        manager: the rank's ``LoRAModelManager``.
+        name: the layer's path in the model.
+        layer: the LoRA layer.
+        modules: the number of its modules.
     """
+    return step5.module_shapes(manager.model, name, layer) or _sizes(layer, modules)
+
+
+def _sizes(layer: Any, modules: int) -> Sequence[tuple[int | None, int | None]]:
     if isinstance(layer, LogitsProcessorWithLoRA):
         return [(layer.hidden_size, layer.base_layer.vocab_size)]
     base: Any = getattr(layer, "base_layer", None)

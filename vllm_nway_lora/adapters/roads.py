@@ -9,13 +9,16 @@ effect, and otherwise before it is registered.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.lora.model_manager import LoRAModelManager
 
 from vllm_nway_lora.adapters.admission import admit, format_refusal
 from vllm_nway_lora.adapters.errors import AdapterError
+from vllm_nway_lora.adapters.files import admission_follows
 from vllm_nway_lora.adapters.prepared import take_prepared
 
 
@@ -43,13 +46,31 @@ def load_adapter(worker_manager: Any, *args: Any, **kwargs: Any) -> Any:
         return adapter
     label = f"LoRA adapter {request.lora_name!r} ({request.lora_path})"
     try:
-        adapter = load(*args, **kwargs)
+        with any_layout(worker_manager._adapter_manager):
+            adapter = load(*args, **kwargs)
     except Exception as error:
         # vLLM's own texts stay whole: its server recognises "not found" by them.
         text = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
         raise AdapterError(format_refusal(label, [text])) from error
     admit(worker_manager._adapter_manager, adapter, label)
     return adapter
+
+
+@contextlib.contextmanager
+def any_layout(manager: Any) -> Iterator[None]:
+    """Within this context a worker loads an adapter in any layout; its caller admits the adapter.
+
+    Args:
+        manager: the worker's ``LoRAModelManager``. From 0.32.0 on, it refuses stacked experts for a
+            layer that takes experts apart, which admission translates.
+    """
+    check = "_validate_moe_lora_format"
+    setattr(manager, check, lambda adapter: None)
+    try:
+        with admission_follows():
+            yield
+    finally:
+        delattr(manager, check)
 
 
 def owns_manager(worker_manager: Any) -> bool:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check an adapter's tensors by name and dtype: refuse those that vLLM would convert or drop."""
+"""Read an adapter's tensors: in any form, and refuse those that vLLM would convert or drop."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,11 @@ from torch import nn
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from vllm_nway_lora.adapters.config import find_rank_and_scaling, get_config, ignores_patterns
 from vllm_nway_lora.adapters.errors import AdapterError
+from vllm_nway_lora.adapters.forms import read_forms, split
+from vllm_nway_lora.adapters.origin import Origin, set_origin
+from vllm_nway_lora.adapters.variants import fold
 
 #: The ending of the base weight that PEFT saves beside the LoRA of an embedding or of lm_head.
 _BASE_WEIGHT = ".base_layer.weight"
@@ -22,30 +28,35 @@ _ROWS = 4096
 
 
 def validate_tensors(wrapped: Any, _model_class: Any, args: Any, kwargs: Any) -> Any:
-    """Refuse tensors that vLLM would convert or drop; wraps ``LoRAModel.from_lora_tensors``.
+    """Read tensors in any form, and refuse those that vLLM would convert or drop.
 
-    A base weight stays with its module's ``LoRALayerWeights`` for :func:`find_copy_fault`.
+    Wraps ``LoRAModel.from_lora_tensors``. The adapter keeps its :class:`Origin`. A base weight stays
+    with its module's ``LoRALayerWeights`` for :func:`find_copy_fault`.
 
     Raises:
         AdapterError: a tensor is not of a floating-point type, a tensor is a LoRA bias (vLLM 0.31.0
-            uses it as LoRA-B, vllm/lora/utils.py), two tensors have the same place, or a base weight
-            is that of a module without LoRA.
+            uses it as LoRA-B, vllm/lora/utils.py), two tensors have the same place, a base weight is
+            that of a module without LoRA, or the tensors have no exact translation.
     """
-    tensors = kwargs["tensors"] if "tensors" in kwargs else args[1]
-    for name in tensors:
+    given = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    helper, mapper = given["peft_helper"], given.get("weights_mapper")
+    config = get_config(helper)
+    forms = read_forms(given["tensors"])
+    for name, tensor in forms.tensors.items():
         if name.endswith((".lora_A.bias", ".lora_B.bias")):
             raise AdapterError(
                 f"tensor {name} is a LoRA bias, which vLLM does not support. Train the adapter without "
                 "lora_bias"
             )
-    adapter = wrapped(*args, **kwargs)
-    mapper, helper = kwargs.get("weights_mapper"), kwargs.get("peft_helper")
-    saved_whole = getattr(helper, "modules_to_save", None) or ()
-    skipped = kwargs.get("skip_prefixes") or ()
-    places: dict[tuple[str, bool], str] = {}
-    for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterError(f"tensor {name} is {tensor.dtype}, not a floating-point type")
+    folded = fold(forms.tensors, config)
+    tensors = folded.tensors
+    adapter = wrapped(**{**given, "tensors": tensors})
+    saved_whole = getattr(helper, "modules_to_save", None) or ()
+    skipped = given.get("skip_prefixes") or ()
+    places: dict[tuple[str, bool], str] = {}
+    for name, tensor in tensors.items():
         try:
             place = parse_fine_tuned_lora_name(name, mapper)
         except ValueError:
@@ -59,7 +70,40 @@ def validate_tensors(wrapped: Any, _model_class: Any, args: Any, kwargs: Any) ->
                 f"tensors {places[place]} and {name} are both LoRA-{'A' if place[1] else 'B'} of "
                 f"module {place[0]}"
             )
+    modules = {path: split(name)[0] for (path, _), name in places.items() if path in adapter.loras}
+    scalings = {**forms.scalings, **folded.scalings}
+    rules = (*forms.rules, *folded.rules, *_set_scalings(adapter, helper, modules, scalings))
+    names = {path: forms.modules.get(module, module) for path, module in modules.items()}
+    set_origin(adapter, Origin(config, names, rules))
     return adapter
+
+
+def _set_scalings(
+    adapter: Any, helper: Any, modules: Mapping[str, str], scalings: Mapping[str, float]
+) -> tuple[str, ...]:
+    """Set the rank and the scaling of each module that vLLM gives another one; return the rules.
+
+    Args:
+        adapter: the ``LoRAModel``.
+        helper: the ``PEFTHelper``.
+        modules: module's path in vLLM's model -> its name under PEFT.
+        scalings: module's name under PEFT -> its scaling, where the tensors have given it one.
+    """
+    has_patterns = ignores_patterns(helper)
+    for path, module in modules.items():
+        weights = adapter.loras[path]
+        if module in scalings:
+            if weights.lora_a is None:  # refused later
+                continue
+            rank, scaling = weights.lora_a.shape[-2], scalings[module]
+        elif has_patterns:
+            rank, scaling = find_rank_and_scaling(get_config(helper), module)
+        else:
+            continue
+        # Until 0.29.0 `pack_moe` (vllm/lora/lora_weights.py) uses lora_alpha / rank.
+        weights.rank, weights.scaling, weights.lora_alpha = rank, scaling, scaling * rank
+        adapter.rank = max(adapter.rank, rank)
+    return ("rank_pattern and alpha_pattern applied to each module",) if has_patterns else ()
 
 
 def _keep_copy(adapter: Any, name: str, tensor: torch.Tensor, mapper: Any) -> None:

@@ -6,6 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from vllm_nway_lora.adapters.names import explain
+from vllm_nway_lora.adapters.origin import get_origin
+from vllm_nway_lora.adapters.served import read_target
+
 
 class Unmatched(NamedTuple):
     """Modules that no layer of this rank uses.
@@ -47,7 +51,10 @@ def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> 
         names = [module, *_fused_paths(manager.packed_modules_mapping, module)]
         path = next((name for name in names if name in layers), None)
         if path is None:
-            found.faults.append(f"module {module}: this model has no such layer")
+            advice = explain(get_origin(adapter).names.get(module, module), read_target(manager))
+            found.faults.append(
+                f"module {module}: this model has no such layer{advice and f', {advice}'}"
+            )
         elif targets is not None and not any(
             name in targets or name.rpartition(".")[2] in targets for name in names
         ):

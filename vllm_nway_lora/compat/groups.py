@@ -94,6 +94,15 @@ GROUPS = (
                 _wrapped_by("adapters.tensors:validate_tensors"),
             ),
             Patch(
+                "adapter-files",
+                Need(
+                    "vllm.lora.lora_model",
+                    "LoRAModel.from_local_checkpoint",
+                    ("lora_dir", "expected_lora_modules", "peft_helper"),
+                ),
+                _wrapped_by("adapters.files:load_checkpoint"),
+            ),
+            Patch(
                 "adapter-config",
                 Need("vllm.lora.peft_helper", "PEFTHelper.from_dict", ("config_dict",)),
                 _wrapped_by("adapters.config:validate_config"),

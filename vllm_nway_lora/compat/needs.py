@@ -34,7 +34,7 @@ NEEDS = (
         *("list_adapters", "lora_config", "lora_slots", "model", "modules", "packed_modules"),
         *("packed_modules_mapping", "remove_adapter", "supports_mm"),
     ),
-    *_of(f"{_LORA}.lora_model", "LoRAModel", "id", "loras"),
+    *_of(f"{_LORA}.lora_model", "LoRAModel", "id", "loras", "rank"),
     *_of(
         f"{_LORA}.lora_weights",
         "LoRALayerWeights",
@@ -46,7 +46,7 @@ NEEDS = (
         "LoRARequest",
         *("load_inplace", "lora_int_id", "lora_name", "lora_path"),
     ),
-    *_of(f"{_LORA}.utils", "", "parse_fine_tuned_lora_name"),
+    *_of(f"{_LORA}.utils", "", "get_lora_id", "parse_fine_tuned_lora_name"),
     *_of(
         "vllm.config.lora",
         "LoRAConfig",
@@ -64,7 +64,8 @@ NEEDS = (
     *_of(
         f"{_LAYERS}.fused_moe",
         "FusedMoEWithLoRA",
-        *("fully_sharded", "w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked"),
+        *("_slice_w13_b", "_slice_w2_a", "fully_sharded"),
+        *("w13_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_a_stacked"),
     ),
     *_of(f"{_LAYERS}.fused_moe", "FusedMoE3DWithLoRA", "_base_model"),
     *_of(f"{_LAYERS}.logits_processor", "LogitsProcessorWithLoRA", "base_layer", "hidden_size"),
@@ -100,7 +101,7 @@ NEEDS = (
     *_of(
         "vllm.model_executor.layers.fused_moe.config",
         "FusedMoEConfig",
-        "intermediate_size_per_partition",
+        *("intermediate_size_per_partition", "moe_parallel_config"),
     ),
     *_of("vllm.model_executor.layers.vocab_parallel_embedding", "", "ParallelLMHead"),
     *_of("vllm.model_executor.layers.logits_processor", "LogitsProcessor", "vocab_size"),
@@ -180,7 +181,13 @@ RECENT = (
         "_restrict_to_local_experts",
     ),
     *_of(f"{_LORA}.lora_model", "LoRAModel", "is_3d_lora_weight"),
-    *_of(f"{_LAYERS}.fused_moe", "FusedMoEWithLoRA", "_tp_shard_size", "global_num_experts"),
+    *_of(f"{_LORA}.lora_model", "", "_is_remote_expert_key"),
+    *_of(f"{_LORA}.peft_helper", "PEFTHelper", "rank_pattern"),
+    *_of(
+        f"{_LAYERS}.fused_moe",
+        "FusedMoEWithLoRA",
+        *("_tp_shard_size", "ep_rank", "global_num_experts", "use_ep"),
+    ),
     *_of(
         "vllm.model_executor.layers.fused_moe.config",
         "FusedMoEConfig",

@@ -12,24 +12,33 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
 
-from vllm_nway_lora.adapters.admission import examine
+from vllm_nway_lora.adapters.admission import translate_and_examine
+from vllm_nway_lora.adapters.files import find_files
 from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
+from vllm_nway_lora.adapters.origin import get_origin
+from vllm_nway_lora.adapters.roads import any_layout
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.report import Outcome, Report, Row, Verdict, build_report
 from vllm_nway_lora.diagnosis.sides import (
     each_rank,
     format_error,
     is_by_table,
+    judge_stock_experts,
     judge_stock_layer,
 )
 from vllm_nway_lora.layers.readers import find_readers, find_refusals
+
+#: The names of dtypes in safetensors' format.
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
 def check_adapter(
@@ -45,8 +54,8 @@ def check_adapter(
 
     Args:
         model: a local folder with ``config.json``.
-        adapter: a local folder with ``adapter_config.json`` and ``adapter_model.safetensors``, of
-            which only the header is read.
+        adapter: a local folder with ``adapter_config.json`` and the tensors, of which only names,
+            shapes and dtypes are read.
         tensor_parallel_size: ``--tensor-parallel-size``.
         fully_sharded: ``--fully-sharded-loras``.
         max_lora_rank: ``--max-lora-rank``; by default the smallest value of vLLM's that is enough.
@@ -55,11 +64,11 @@ def check_adapter(
     Raises:
         FileNotFoundError: the adapter's folder lacks a file.
     """
-    rank = max_lora_rank or _round_rank(
-        json.loads(Path(adapter, "adapter_config.json").read_text())
-    )
+    config = json.loads(Path(adapter, "adapter_config.json").read_text())
+    rank = max_lora_rank or _round_rank(_read_ranks(config))
     rows: dict[str, Row] = {}
     verdicts = {True: Verdict(), False: Verdict()}
+    rules: dict[str, None] = {}
     with zero_adapter(Path(adapter)) as zeros:
         for plugin, on_rank in each_rank(
             model,
@@ -69,32 +78,69 @@ def check_adapter(
             max_lora_rank=rank,
             model_impl=model_impl,
         ):
-            _check_rank(on_rank, zeros, plugin, rows, verdicts[plugin])
-    return build_report(rows, verdicts)
+            loaded = _load(on_rank, zeros, plugin, verdicts[plugin])
+            if loaded is None:
+                continue
+            needed = max((weights.rank for weights in loaded.loras.values()), default=0)
+            if not max_lora_rank and needed > rank and _round_rank([needed]) > rank:
+                # A translation can need a higher rank than the file has.
+                return check_adapter(
+                    model,
+                    adapter,
+                    tensor_parallel_size=tensor_parallel_size,
+                    fully_sharded=fully_sharded,
+                    max_lora_rank=_round_rank([needed]),
+                    model_impl=model_impl,
+                )
+            rules |= dict.fromkeys(get_origin(loaded).rules if plugin else ())
+            _check_rank(on_rank, loaded, plugin, rows, verdicts[plugin])
+    report = build_report(rows, verdicts)
+    report.rules = list(rules)
+    return report
 
 
-def _check_rank(
-    rank: offline.Rank, folder: Path, plugin: bool, rows: dict[str, Row], whole: Verdict
-) -> None:
-    """Load the adapter on one rank of one side; add its rows and worsen its verdicts."""
-    manager = rank.lora_manager
-    # The class's method is vLLM's own. Admission, which guards instances, is `examine` below.
+def _load(rank: offline.Rank, folder: Path, plugin: bool, whole: Verdict) -> Any:
+    """Load the adapter on one rank of one side, with the plugin also in other layouts.
+
+    Returns:
+        The ``LoRAModel``; None if it is refused, which worsens the verdict ``whole``.
+    """
+    # The class's method is vLLM's own. Admission, which guards instances, follows here.
     load = type(rank.worker_manager)._load_adapter
     try:
-        adapter = load(rank.worker_manager, LoRARequest("adapter", 1, str(folder)))
+        with any_layout(rank.lora_manager) if plugin else nullcontext():
+            adapter = load(rank.worker_manager, LoRARequest("adapter", 1, str(folder)))
     except Exception as error:
         whole.worsen(Outcome.REFUSED, format_error(error))
-        return
-    for weights in adapter.loras.values():
+        return None
+    for number, weights in enumerate(adapter.loras.values(), start=1):
         # The zeros stand for values that were not read. A module that really is zero is no loss.
         for half in (weights.lora_a, weights.lora_b):
             if half is not None and half.numel():
-                half[(0,) * half.ndim] = 1
+                half[(0,) * half.ndim] = number
+    if plugin:
+        findings, fault = translate_and_examine(rank.lora_manager, adapter)
+        for text in [fault] if fault else [*findings.faults, *findings.unmatched]:
+            whole.worsen(Outcome.REFUSED, text)
+        if fault:
+            return None
+    return adapter
+
+
+def _check_rank(
+    rank: offline.Rank, adapter: Any, plugin: bool, rows: dict[str, Row], whole: Verdict
+) -> None:
+    """Add the rows of one side's rank, or worsen the verdicts of those that are there."""
+    manager = rank.lora_manager
     bypassed = set() if plugin else {id(r.layer) for r in find_readers(rank.model, [manager])}
     used: set[int] = set()
     for name, layer in manager.modules.items():
         weights_of = weights_for_layer(manager, adapter, name, layer)
         if not any(weights for _, weights in weights_of):
+            if not plugin and name in rows:
+                rows[name].stock.worsen(
+                    Outcome.IGNORED, "vLLM finds no module of it in the adapter"
+                )
             continue
         used |= {id(weights) for _, weights in weights_of if weights}
         row = rows.setdefault(name, _row(name, weights_of))
@@ -106,6 +152,8 @@ def _check_rank(
                 row.plugin.worsen(Outcome.REFUSED, faults[0])
             if hasattr(layer, "plan"):
                 row.plan.append(layer.plan)
+        elif isinstance(layer, FusedMoEWithLoRA):
+            row.stock.worsen(*judge_stock_experts(manager, name, adapter, faults))
         else:
             plan = row.plan[rank.group.rank] if row.plan else None
             row.stock.worsen(*judge_stock_layer(layer, plan, weights_of, faults))
@@ -113,20 +161,14 @@ def _check_rank(
                 row.stock.worsen(Outcome.WRONG, row.unservable)
             if id(getattr(layer, "base_layer", None)) in bypassed:
                 row.stock.worsen(Outcome.IGNORED, "the model uses the layer past its LoRA")
-    if plugin:
-        findings = examine(manager, adapter)
-        for fault in [*findings.faults, *findings.unmatched]:
-            if ".experts" not in fault:
-                whole.worsen(Outcome.REFUSED, fault)
     for name, weights in adapter.loras.items():
-        # Experts are not judged (see `offline`).
-        if id(weights) in used or ".experts" in name:
+        if id(weights) in used:
             continue
-        row = rows.setdefault(name, _row(name, [(name, weights)]))
         if plugin:
+            row = rows.setdefault(name, _row(name, [(name, weights)]))
             row.plugin.worsen(Outcome.REFUSED, "no layer of this model uses it")
         else:
-            row.stock.worsen(Outcome.IGNORED, "no LoRA layer uses it, and vLLM reports no error")
+            whole.worsen(Outcome.IGNORED, f"no LoRA layer uses {name}, and vLLM reports no error")
 
 
 def _find_refusal(layer: Any, weights_of: list[tuple[str, Any]]) -> str:
@@ -144,9 +186,14 @@ def _row(name: str, weights_of: list[tuple[str, Any]]) -> Row:
     return Row(name, modules, max(ranks, default=0))
 
 
-def _round_rank(config: Mapping[str, Any]) -> int:
-    """Return the smallest value of ``--max-lora-rank`` that is enough for the adapter's ranks."""
-    ranks = [int(config.get("r", 8)), *(config.get("rank_pattern") or {}).values()]
+def _read_ranks(config: Mapping[str, Any]) -> list[int]:
+    """Return the ranks that a configuration names, PEFT's or MLX-LM's."""
+    mlx = config.get("lora_parameters") or {}
+    return [config.get("r") or mlx.get("rank") or 8, *(config.get("rank_pattern") or {}).values()]
+
+
+def _round_rank(ranks: Sequence[int]) -> int:
+    """Return the smallest value of ``--max-lora-rank`` that is enough for ``ranks``."""
     return next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= max(ranks)), max(ranks))
 
 
@@ -154,16 +201,34 @@ def _round_rank(config: Mapping[str, Any]) -> int:
 def zero_adapter(adapter: Path) -> Iterator[Path]:
     """Create an adapter with the same configuration, names, shapes and dtypes, and only zeros.
 
-    Its file of tensors is sparse: it has the original's header and no data on the disk.
+    Its files of tensors are sparse: they have headers and no data on the disk.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        source = adapter / "adapter_model.safetensors"
-        with source.open("rb") as file:
-            length = file.read(8)
-            header = length + file.read(struct.unpack("<Q", length)[0])
-        copy = Path(folder) / source.name
-        copy.write_bytes(header)
-        os.truncate(copy, source.stat().st_size)
-        config = "adapter_config.json"
-        (Path(folder) / config).write_text((adapter / config).read_text())
-        yield Path(folder)
+    found = find_files(adapter)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for source in adapter.glob("*.json"):
+            (folder / source.name).write_text(source.read_text())
+        for source in found.paths if found else ():
+            if source.suffix == ".safetensors":
+                with source.open("rb") as file:
+                    length = file.read(8)
+                    header = length + file.read(struct.unpack("<Q", length)[0])
+                size = source.stat().st_size
+            else:
+                header, size = _build_header(source)
+                source = source.with_suffix(".safetensors")
+            (folder / source.name).write_bytes(header)
+            os.truncate(folder / source.name, size)
+        yield folder
+
+
+def _build_header(path: Path) -> tuple[bytes, int]:
+    """Return the header of a pickled file's tensors in safetensors' format, and the whole size."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for name, tensor in torch.load(path, "meta", weights_only=True).items():
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPES[tensor.dtype]
+        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text, 8 + len(text) + end

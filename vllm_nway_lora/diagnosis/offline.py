@@ -18,14 +18,15 @@ from unittest import mock
 
 import torch
 import vllm.platforms
-from torch import nn
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
+from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
-from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models import ModelRegistry
 from vllm.plugins import load_general_plugins
+
+from vllm_nway_lora.diagnosis.mixtures import without_kernels
 
 
 class StandInGroup:
@@ -77,13 +78,12 @@ class Rank:
             parallel_state._TP = real
 
     def wrap(self) -> None:
-        """Wrap the model, except its experts, with vLLM's LoRA manager; LoRA's tensors are on the CPU."""
+        """Wrap the model with vLLM's LoRA manager. LoRA's tensors are on the CPU, those of experts nowhere."""
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         cpu = torch.device("cpu")
-        drop_experts(self.model)
         device = mock.patch("vllm.lora.layers.base_linear._get_lora_device", return_value=cpu)
-        with self.current(), device:
+        with self.current(), device, without_kernels():
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
@@ -91,7 +91,21 @@ class Rank:
     def warm_up(self) -> None:
         """Activate a dummy adapter, as vLLM does before it captures graphs, and remove it."""
         manager = self.worker_manager
-        with self.current(), manager.dummy_lora_cache():
+        model = self.lora_manager.model
+        # A dummy has the tensors of every expert, which can be gigabytes.
+        dense = [
+            (name, layer)
+            for name, layer in model.named_modules(remove_duplicate=False)
+            if not isinstance(layer, FusedMoEWithLoRA)
+        ]
+        layers = self.lora_manager.modules
+        layers = {n: of for n, of in layers.items() if not isinstance(of, FusedMoEWithLoRA)}
+        with (
+            self.current(),
+            mock.patch.object(model, "named_modules", return_value=dense),
+            mock.patch.object(self.lora_manager, "modules", layers),
+            manager.dummy_lora_cache(),
+        ):
             manager.add_dummy_lora(
                 LoRARequest("warm-up", 1, "-"), self.vllm_config.lora_config.max_lora_rank
             )
@@ -187,24 +201,6 @@ def build(rank: Rank, device: str = "meta") -> None:
             rank.model = initialize_model(vllm_config=rank.vllm_config)
     finally:
         torch.set_default_dtype(default)
-
-
-def drop_experts(model: nn.Module) -> None:
-    """Replace each mixture of experts by its children with linear layers, under the same paths.
-
-    LoRA on experts needs Triton. A class may keep its mixtures in a list too, where they must not hold
-    these layers: they would count as a second way to the layers.
-    """
-    for parent in list(model.modules()):
-        for name, experts in list(parent.named_children()):
-            if type(experts).__name__ not in ("FusedMoE", "SharedFusedMoE", "MoERunner"):
-                continue
-            stand_in = nn.Identity()
-            for child_name, child in experts.named_children():
-                if any(isinstance(module, LinearBase) for module in child.modules()):
-                    stand_in.add_module(child_name, child)
-            experts._modules.clear()
-            setattr(parent, name, stand_in)
 
 
 def initialize() -> None:

@@ -80,11 +80,16 @@ class Row:
 
 @dataclass
 class Report:
-    """The rows, and the verdicts on the adapter as a whole, without and with the plugin."""
+    """The rows, and the verdicts on the adapter as a whole, without and with the plugin.
+
+    Attributes:
+        rules: the translations of the adapter's layout with the plugin.
+    """
 
     rows: list[Row]
     stock: Verdict
     plugin: Verdict
+    rules: list[str] = field(default_factory=list)
 
 
 def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> Report:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm.model_executor.layers.linear import LinearBase
@@ -90,6 +92,35 @@ def judge_stock_layer(
     if torch.equal(held[: len(expected)], expected):
         return Outcome.EXACT, ""
     return Outcome.WRONG, "LoRA-B's rows are not those that the base weight has on this rank"
+
+
+def judge_stock_experts(
+    manager: Any, name: str, adapter: Any, faults: list[str]
+) -> tuple[Outcome, str]:
+    """Add the part of an adapter that is on one layer of experts to stock's manager.
+
+    Args:
+        manager: stock vLLM's ``LoRAModelManager``.
+        name: the layer's path in the model.
+        adapter: the ``LoRAModel``, which stays as it is.
+        faults: the faults of its weights on that layer.
+    """
+    part = adapter.clone(adapter.id)
+    part.loras = {
+        module: copy.copy(weights)
+        for module, weights in adapter.loras.items()
+        if f"{module}.".startswith(f"{name}.")
+    }
+    layers = mock.patch.object(manager, "modules", {name: manager.modules[name]})
+    try:
+        with layers:
+            manager.add_adapter(part)
+            manager.activate_adapter(part.id)
+    except Exception as error:
+        return Outcome.REFUSED, format_error(error)
+    finally:
+        manager.remove_adapter(part.id)
+    return (Outcome.WRONG, faults[0]) if faults else (Outcome.EXACT, "")
 
 
 def is_by_table(layer: Any) -> bool:
