@@ -14,6 +14,7 @@ import pytest
 from support.adapters import QWEN3_5, ServedModel, prompts, save_served_model
 from support.checkpoints import save_qwen3_5
 from support.predictions import predict_outcomes
+from support.relayouts import RELAYOUTS
 from support.server import Server, ServerError
 
 from vllm_nway_lora.diagnosis.report import Outcome
@@ -52,7 +53,8 @@ def server(
     Half of the adapters are loaded from the command line, the others by requests.
     """
     at_start = list(served.adapters)[::2]
-    arguments = ["--lora-modules", *(f"{name}={served.adapters[name]}" for name in at_start)]
+    arguments = ["--max-lora-rank", "32"]  # for parts that are folded
+    arguments += ["--lora-modules", *(f"{name}={served.adapters[name]}" for name in at_start)]
     if setup.fully_sharded:
         arguments.append("--fully-sharded-loras")
     with Server(
@@ -84,6 +86,22 @@ def test_every_adapter_equals_peft_and_prediction(
         tensor_parallel_size=setup.tensor_parallel_size,
     )
     assert predicted == dict.fromkeys(served.adapters, Outcome.EXACT)
+
+
+@pytest.mark.parametrize("layout", RELAYOUTS)
+def test_other_layouts_equal_peft(
+    server: Server, served: ServedModel, tmp_path: Path, layout: str
+) -> None:
+    adapter, write = RELAYOUTS[layout]
+    name = f"{adapter} in another layout"
+    server.load(name, write(served.adapters[adapter], tmp_path / "adapter"))
+    try:
+        for prompt in prompts():
+            comparison = served.reference.compare(adapter, server.complete(name, prompt))
+            assert comparison.is_exact, comparison
+    finally:
+        server.unload(name)
+    assert f"LoRA adapter '{name}'" in server.log.read_text()
 
 
 def test_adapters_in_one_batch_equal_peft(server: Server, served: ServedModel) -> None:

@@ -137,10 +137,10 @@ def plain(pairs: Pairs, **config: Any) -> Files:
         "bias": "none",
         "peft_version": "0.21.2",
     }
-    other = {module: rank for module, rank in ranks.items() if rank != RANK}
+    other = {m.rpartition(".")[2]: rank for m, rank in ranks.items() if rank != RANK}
     if other:
         base["rank_pattern"] = other
-        base["alpha_pattern"] = {module: SCALING * rank for module, rank in other.items()}
+        base["alpha_pattern"] = {name: SCALING * rank for name, rank in other.items()}
     return Files(tensors, base | config)
 
 

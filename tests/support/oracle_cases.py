@@ -21,6 +21,10 @@ TENSOR_STD = 0.14
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings")
 _OTHERS = ("embed_positions", "wpe", "position_embeddings", "conv1d")
 
+#: The end of a case's name whose adapter has the experts of a layer in PEFT's stacked tensors.
+STACKED = ", stacked"
+_KINDS = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -53,6 +57,7 @@ def list_cases(modules: Iterable[str]) -> dict[str, list[str]]:
         together = re.sub(r"\.experts\.\d+\.\w+$", ".experts", module)
         if together != module:
             cases.setdefault(together, []).append(module)
+            cases.setdefault(together + STACKED, []).append(module)
         if together == module or ".experts.1." in module:
             cases[module] = [module]
     return cases
@@ -71,10 +76,33 @@ def is_embedding(module: str) -> bool:
     return module.rpartition(".")[2] in EMBEDDINGS
 
 
-def save_adapter(folder: Path, shapes: dict[str, torch.Size], modules: Sequence[str]) -> Path:
-    """Save an adapter on ``modules`` as PEFT does."""
+def stack_experts(shapes: dict[str, torch.Size], modules: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of PEFT 0.19 and later for the experts of one layer.
+
+    gate and up have one LoRA-A together, of both ranks. A's rows are ordered by expert, B's columns by
+    rank.
+    """
+    path = modules[0][: modules[0].index(".experts.")] + ".experts"
+    pairs: dict[str, list[Pair]] = {}
+    for kind in _KINDS:
+        of = [m for m in modules if m.rpartition(".")[2] in kind]
+        pairs[kind[0]] = [draw_pair(module, shapes[module]) for module in of]
+    both = zip(pairs["gate_proj"], pairs["up_proj"], strict=True)
+    gate_up = [(torch.cat([g[0], u[0]]), torch.block_diag(g[1], u[1])) for g, u in both]
     tensors = {}
-    for module in modules:
+    for module, of_experts in ((f"{path}.base_layer", gate_up), (path, pairs["down_proj"])):
+        name = f"base_model.model.{module}.lora"
+        tensors[f"{name}_A.weight"] = torch.cat([a for a, _ in of_experts])
+        tensors[f"{name}_B.weight"] = torch.stack([b for _, b in of_experts], -1).flatten(1)
+    return tensors
+
+
+def save_adapter(
+    folder: Path, shapes: dict[str, torch.Size], modules: Sequence[str], stacked: bool = False
+) -> Path:
+    """Save an adapter on ``modules`` as PEFT does; with ``stacked``, as from 0.19 on for experts."""
+    tensors = stack_experts(shapes, modules) if stacked else {}
+    for module in () if stacked else modules:
         a, b = draw_pair(module, shapes[module])
         name = f"base_model.model.{module}.lora"
         if is_embedding(module):  # its weight is transposed: one row per token
@@ -92,6 +120,15 @@ def save_adapter(folder: Path, shapes: dict[str, torch.Size], modules: Sequence[
         "lora_alpha": RANK * SCALE,
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }
+    if stacked:
+        pattern = r".*\.gate_up_proj"
+        config |= {
+            "target_modules": [],
+            "target_parameters": ["gate_up_proj", "down_proj"],
+            "rank_pattern": {pattern: 2 * RANK},
+            "alpha_pattern": {pattern: 2 * RANK * SCALE},
+            "peft_version": "0.21.2",
+        }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

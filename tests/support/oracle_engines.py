@@ -127,7 +127,7 @@ def serve(
     def serve(name: str, modules: list[str]) -> None:
         number = len(answers) + 1
         adapter = folder / f"adapter-{plugin:d}" / str(number)
-        cases.save_adapter(adapter, dict(shapes), modules)
+        cases.save_adapter(adapter, dict(shapes), modules, name.endswith(cases.STACKED))
         request = LoRARequest(name, number, str(adapter))
         try:
             llm.llm_engine.add_lora(request)
