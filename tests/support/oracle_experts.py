@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from support.oracle_sizes import ALL, DEEPSEEK, GDN, GRANITE, MLA, MOE, SHARED, TIED, of
+from support.oracle_sizes import ALL, DEEPSEEK, GDN, GRANITE, MLA, MOE, TIED, of
 
 EXPERT_FAMILIES = (
-    of("Qwen2 MoE", "qwen2_moe", "Qwen2MoeForCausalLM", experts=True, **SHARED),
+    of("Qwen2 MoE", "qwen2_moe", "Qwen2MoeForCausalLM", experts=True, **ALL),
     of("Qwen3 MoE", "qwen3_moe", "Qwen3MoeForCausalLM", experts=True, **MOE),
     of("Mixtral", "mixtral", "MixtralForCausalLM", experts=True, **MOE),
     of("OLMoE", "olmoe", "OlmoeForCausalLM", experts=True, **MOE, num_key_value_heads=4),

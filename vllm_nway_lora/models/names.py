@@ -8,6 +8,17 @@ from typing import Any
 from torch import nn
 
 
+def rename_mapper(model: nn.Module) -> Any:
+    """Return the ``WeightsMapper`` with which vLLM maps adapters' names; None if the model has none."""
+    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    # `get_unstacked_mapper` in 0.25.0 to 0.28.0, `get_rename_mapper` from 0.29.0 on, the mapper itself
+    # before.
+    for reduce in ("get_rename_mapper", "get_unstacked_mapper"):
+        if hasattr(mapper, reduce):
+            return getattr(mapper, reduce)()
+    return mapper
+
+
 def checkpoint_names(model: nn.Module, path: str) -> list[str]:
     """Return the names that a checkpoint, and so an adapter, may have for a module of ``model``.
 
@@ -17,15 +28,9 @@ def checkpoint_names(model: nn.Module, path: str) -> list[str]:
         model: the built model.
         path: the module's path in the model.
     """
-    mapper: Any = getattr(model, "hf_to_vllm_mapper", None)
+    mapper = rename_mapper(model)
     if mapper is None:
         return [path]
-    # What vLLM maps adapters' names with: `get_unstacked_mapper` in 0.25.0 to 0.28.0,
-    # `get_rename_mapper` from 0.29.0 on, the mapper itself before.
-    for reduce in ("get_rename_mapper", "get_unstacked_mapper"):
-        if hasattr(mapper, reduce):
-            mapper = getattr(mapper, reduce)()
-            break
     path += ".weight"
     names = [path]
     for old, new in mapper.orig_to_new_prefix.items():
