@@ -28,14 +28,15 @@ def main() -> int:
 
         environment.run(environment.release_environment(), "-P", __file__)
         return 0
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(render(path.read_text(), page))
     return 0
 
 
-def render(text: str) -> str:
-    """Return the README's text with every generated part replaced, between its two comments."""
-    return tables.fill(text, TABLES, "ci/readme.py")
+def render(text: str, page: str = "README.md") -> str:
+    """Return a page's text with every generated part replaced, between its two comments."""
+    return tables.fill(text, PAGES[page], "ci/readme.py")
 
 
 def demo() -> str:
@@ -132,11 +133,54 @@ def _mark(verdict: str) -> str:
     return verdict if outcome == "exact" else f"**{outcome}**{colon}{rest}"
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "demo": demo,
-    "families": families,
-    "releases": releases,
-    "defects": defects,
+def layouts() -> str:
+    """Return the table of adapters' layouts, from those that the tests write."""
+    from support.layout_table import LAYOUTS
+
+    rows = [(of.name, of.producer, of.served) for of in LAYOUTS if of.served]
+    return tables.table(("layout", "written by", "served"), rows)
+
+
+def expert_layouts() -> str:
+    """Return the table of experts' layouts, from those that the tests write."""
+    from support.layout_table import EXPERTS
+
+    return tables.table(("layout", "written by"), EXPERTS.values())
+
+
+def variants() -> str:
+    """Return the table of PEFT's variants that are plain LoRA in another form."""
+    from support.layout_table import FOLDED
+
+    return tables.table(
+        ("`peft_type` or setting", "how"), ((f"`{name}`", how) for name, how in FOLDED.items())
+    )
+
+
+def refusals() -> str:
+    """Return the table of kinds and settings that are refused, with the reasons of the errors."""
+    from vllm_nway_lora.adapters.config import REFUSED_KEYS, REFUSED_KINDS
+
+    reasons = {**REFUSED_KINDS, **REFUSED_KEYS}
+    return tables.table(
+        ("`peft_type` or setting", "why"),
+        ((f"`{name}`", f"{why}.") for name, why in reasons.items()),
+    )
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "demo": demo,
+        "families": families,
+        "releases": releases,
+        "defects": defects,
+    },
+    "docs/layouts.md": {
+        "layouts": layouts,
+        "expert layouts": expert_layouts,
+        "variants": variants,
+        "refusals": refusals,
+    },
 }
 
 

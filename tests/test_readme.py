@@ -24,8 +24,18 @@ def script(path: str) -> ModuleType:
 
 
 def test_tables_are_up_to_date() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert script("ci/readme.py").render(text) == text, "run `python3 ci/readme.py`"
+    readme = script("ci/readme.py")
+    for page in readme.PAGES:
+        text = (ROOT / page).read_text()
+        assert readme.render(text, page) == text, "run `python3 ci/readme.py`"
+
+
+def test_the_table_of_experts_has_the_layouts_that_are_tested() -> None:
+    from support.expert_files import build_files
+    from support.layout_table import EXPERTS
+    from support.moe import flat
+
+    assert EXPERTS.keys() == build_files(flat(), False).keys()
 
 
 def test_tables_and_plots_of_the_benchmarks_are_up_to_date() -> None:

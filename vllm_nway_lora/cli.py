@@ -198,6 +198,9 @@ def _show_report(report: Report, console: Console) -> None:
             console.print(_drawing(row))
     for rule in report.rules:
         console.print(f"translated: {rule}", highlight=False, markup=False)
+    for reason, left_out in report.left_out.items():
+        text = f"left out with a warning: {', '.join(left_out)} ({reason})"
+        console.print(text, highlight=False, markup=False)
     for label, verdict in (("stock vLLM", report.stock), ("with the plugin", report.plugin)):
         reason = f" ({verdict.reason})" if verdict.reason else ""
         console.print(f"{label}: {_styled(verdict.outcome.value)}{reason}", highlight=False)
@@ -237,6 +240,7 @@ def _to_json(report: Report) -> dict[str, Any]:
         "stock": verdict(report.stock),
         "plugin": verdict(report.plugin),
         "translated": report.rules,
+        "left_out": report.left_out,
         "layers": [row(of) for of in report.rows],
     }
 

@@ -10,7 +10,8 @@ import torch
 import vllm
 from packaging.version import Version
 from support.layout_models import MODELS
-from support.layouts import LAYOUTS, Model, checkpoint
+from support.layout_table import LAYOUTS
+from support.layouts import Model, checkpoint
 from support.models import RankModel
 
 import vllm_nway_lora

@@ -19,7 +19,6 @@ from torch import nn
 
 from vllm_nway_lora.adapters.config import find_rank_and_scaling, get_kind
 from vllm_nway_lora.adapters.forms import PREFIX, read_forms
-from vllm_nway_lora.adapters.target import LayoutError
 from vllm_nway_lora.adapters.variants import fold
 
 Tensors = dict[str, torch.Tensor]
@@ -229,113 +228,6 @@ def test_velora_is_plain_in_its_file(tmp_path: Path) -> None:
         inputs = torch.randn(3, layer.base_layer.in_features, dtype=torch.float64)
         found = inputs @ product(name).T
         torch.testing.assert_close(found, layer(inputs) - layer.base_layer(inputs))
-
-
-@given(group=st.integers(1, 6), groups=st.integers(1, 6), rank=st.integers(1, 4))
-@ANY_TIME
-def test_groups_are_repeated(group: int, groups: int, rank: int) -> None:
-    """PEFT's ``forward`` is called as its GPTQ layer calls it; it needs no quantised weight."""
-    from types import SimpleNamespace
-
-    from peft.tuners.lora.variants import QALoraLinearVariant
-
-    halves = [
-        nn.Linear(groups, rank, bias=False, dtype=torch.float64),
-        nn.Linear(rank, 5, bias=False, dtype=torch.float64),
-    ]
-    layer = SimpleNamespace(
-        lora_A={"x": halves[0]},
-        lora_B={"x": halves[1]},
-        lora_dropout={"x": nn.Identity()},
-        scaling={"x": 6 / rank},
-        qalora_group_size={"x": group},
-        in_features=group * groups,
-        training=False,
-    )
-    inputs = torch.randn(3, group * groups, dtype=torch.float64)
-    expected = QALoraLinearVariant.forward(layer, "x", inputs, torch.zeros(3, 5))
-    config = {"use_qalora": True, "qalora_group_size": group, "r": rank, "lora_alpha": 6}
-    tensors = {
-        f"{PREFIX}q_proj.lora_{half}.weight": layer.weight.detach()
-        for half, layer in zip("AB", halves, strict=True)
-    }
-    folded = fold(tensors, config)
-    a, b = folded.tensors.values()
-    torch.testing.assert_close(folded.scalings["q_proj"] * inputs @ a.T @ b.T, expected)
-    # No rounding: the groups' factor is in the scaling.
-    assert torch.equal(a[:, ::group], tensors[f"{PREFIX}q_proj.lora_A.weight"])
-
-
-def test_folds_round_once() -> None:
-    """Products of bfloat16 numbers are float32; vLLM converts them to its own type."""
-    config = {"peft_type": "LOHA", "r": 2, "alpha": 2}
-    parts = {"hada_w1_a": (5, 2), "hada_w1_b": (2, 3), "hada_w2_a": (5, 2), "hada_w2_b": (2, 3)}
-    tensors = {f"q_proj.{name}": torch.randn(shape).bfloat16() for name, shape in parts.items()}
-    folded = fold(tensors, config)
-    assert {tensor.dtype for tensor in folded.tensors.values()} == {torch.float32}
-    assert folded.rules == ("LOHA folded into LoRA of rank 4",)
-    assert folded.scalings == {"q_proj": 1.0}
-
-
-def test_plain_lora_is_not_copied() -> None:
-    tensors = {"q_proj.lora_A.weight": torch.ones(2, 3)}
-    for config in ({}, {"peft_type": "LORA"}, {"use_qalora": False, "use_bdlora": None}):
-        assert fold(tensors, config).tensors is tensors
-
-
-def test_mlx_lm_gives_the_factor_itself() -> None:
-    """10.1 * 3 / 3 is another number."""
-    tensors = {f"{PREFIX}q_proj.lora_A.weight": torch.ones(3, 3)}
-    folded = fold(tensors, {"lora_parameters": {"rank": 3, "scale": 10.1}})
-    assert folded.tensors is tensors
-    assert folded.scalings == {"q_proj": 10.1}
-
-
-def loha(rank: int, **shapes: tuple[int, int]) -> Tensors:
-    parts = {"w1_a": (5, rank), "w1_b": (rank, 3), "w2_a": (5, rank), "w2_b": (rank, 3)} | shapes
-    return {f"{PREFIX}q_proj.hada_{name}": torch.ones(shape) for name, shape in parts.items()}
-
-
-def adalora(**shapes: tuple[int, ...]) -> Tensors:
-    parts = {"A": (2, 3), "B": (4, 2), "E": (2, 1)} | shapes
-    return {f"{PREFIX}q_proj.lora_{name}": torch.ones(shape) for name, shape in parts.items()}
-
-
-VERA = {
-    "base_model.vera_A": torch.ones(2, 3),
-    "base_model.vera_B": torch.ones(4, 2),
-    f"{PREFIX}q_proj.vera_lambda_d": torch.ones(2),
-    f"{PREFIX}q_proj.vera_lambda_b": torch.ones(4),
-}
-
-
-def without(tensors: Tensors, end: str) -> Tensors:
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith(end)}
-
-
-#: Case -> tensors, configuration, the words of the refusal.
-REFUSED: dict[str, tuple[Tensors, dict[str, Any], str]] = {
-    "AdaLoRA, no E": (without(adalora(), "_E"), {"peft_type": "ADALORA"}, "module q_proj: ADALORA needs lora_A, lora_B, lora_E, and the file has lora_A, lora_B. Save"),
-    "AdaLoRA, two ranks": (adalora(E=(3, 1)), {"peft_type": "ADALORA"}, r"lora_E \(r, 1\), found lora_A \(2, 3\), lora_B \(4, 2\), lora_E \(3, 1\). Save"),
-    "LoHa, rank": (loha(23), {"peft_type": "LOHA", "r": 23, "alpha": 1}, "module q_proj: LOHA folds into LoRA of rank 529, and vLLM has slots for at most 512. Merge"),
-    "LoHa, other rank": (loha(2), {"peft_type": "LOHA", "r": 3, "alpha": 1}, r"where adapter_config.json gives r=3, found hada_w1_a \(5, 2\)"),
-    "LoHa, columns": (loha(2, w2_b=(2, 4)), {"peft_type": "LOHA", "r": 2, "alpha": 1}, r"hada_w2_b \(2, 4\). Save"),
-    "LoHa, no w2": (without(loha(2), "w2_a"), {"peft_type": "LOHA", "r": 2, "alpha": 1}, "needs hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, and the file has"),
-    "LoKr, rank": ({f"{PREFIX}q_proj.lokr_w1": torch.ones(30, 30), f"{PREFIX}q_proj.lokr_w2": torch.ones(30, 30)}, {"peft_type": "LOKR", "r": 90, "alpha": 1}, "module q_proj: LOKR folds into LoRA of rank 900, and vLLM"),
-    "LoKr, no w2": ({f"{PREFIX}q_proj.lokr_w1": torch.ones(3, 3)}, {"peft_type": "LOKR", "r": 2, "alpha": 1}, "LOKR needs lokr_w2_a, lokr_w2_b, and the file has lokr_w1"),
-    "LoKr, ranks": ({f"{PREFIX}q_proj.lokr_w1": torch.ones(3, 3), f"{PREFIX}q_proj.lokr_w2_a": torch.ones(3, 2), f"{PREFIX}q_proj.lokr_w2_b": torch.ones(3, 3)}, {"peft_type": "LOKR", "r": 2, "alpha": 1}, r"expects lokr_w2_a \(rows, r\)"),
-    "LoKr, convolution": ({f"{PREFIX}q_proj.lokr_w1": torch.ones(3, 3), f"{PREFIX}q_proj.lokr_w2": torch.ones(3, 3, 3, 3)}, {"peft_type": "LOKR", "r": 2, "alpha": 1}, "lokr_w2 of two dimensions"),
-    "VeRA, no projections": (without(VERA, "vera_A"), {"peft_type": "VERA"}, "VERA needs vera_A, vera_B, vera_lambda_b, vera_lambda_d, and the file has vera_B"),
-    "VeRA, rows": (VERA | {f"{PREFIX}q_proj.vera_lambda_b": torch.ones(5)}, {"peft_type": "VERA"}, r"vera_lambda_b \(at most rows\), found"),
-    "BD-LoRA, blocks": ({f"{PREFIX}q_proj.lora_A.weight": torch.ones(4, 3)}, {"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 3}}, r"module q_proj: adapter_config.json divides LoRA-A into 3 blocks, found \(4, 3\)"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusal_names_the_module_and_all_shapes(case: str) -> None:
-    tensors, config, words = REFUSED[case]
-    with pytest.raises(LayoutError, match=words):
-        fold(tensors, config)
 
 
 @pytest.mark.usefixtures("plugin")

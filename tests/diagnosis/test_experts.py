@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.families.family import COMMON
+from support.layout_models import MODELS
+from support.layouts import checkpoint
 from support.models import import_classes, save_config
 
 from vllm_nway_lora.diagnosis.check import check_adapter
@@ -93,3 +95,18 @@ def test_check_judges_adapters_on_experts(
     )
     assert rule in "; ".join(report.rules)
     assert bool(rule) == bool(report.rules)
+
+
+def test_modules_of_a_vision_tower_are_left_out_not_refused(tmp_path: Path) -> None:
+    model = next(model for model in MODELS if model.name == "Qwen3.5 multimodal")
+    save_config(tmp_path, model.config)
+    import_classes(model.config)
+    files = checkpoint(model)
+    for half, shape in (("lora_A", (6, 64)), ("lora_B", (192, 6))):
+        files.tensors[f"base_model.model.model.visual.blocks.0.attn.qkv.{half}.weight"] = (
+            torch.zeros(shape)
+        )
+    folder = files.save(tmp_path / "adapter")
+    report = check_adapter(str(tmp_path), str(folder))
+    assert report.plugin.outcome is Outcome.EXACT, report.plugin
+    assert list(report.left_out.values()) == [["visual.blocks.*.attn.qkv"]]

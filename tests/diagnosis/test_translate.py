@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.layout_models import MODELS
-from support.layouts import LAYOUTS, Layout, Model, checkpoint
+from support.layout_table import LAYOUTS
+from support.layouts import Layout, Model, checkpoint
 from support.models import import_classes, save_config
 
 import vllm_nway_lora

@@ -1,7 +1,6 @@
 """One trained function in many layouts: how each producer of adapters writes it to a folder.
 
-``docs/layouts.md`` has the table of these layouts, and ``tests/adapters/test_translation.py`` tests
-every line of it.
+``layout_table.py`` lists the layouts.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ def checkpoint(model: Model) -> Files:
     return plain(model.function())
 
 
-def _renamed(old: str, new: str) -> Callable[[Model], Files | None]:
+def renamed(old: str, new: str) -> Callable[[Model], Files | None]:
     def write(model: Model) -> Files | None:
         files = checkpoint(model)
         files.tensors = {re.sub(old, new, name): tensor for name, tensor in files.tensors.items()}
@@ -158,7 +157,7 @@ def _renamed(old: str, new: str) -> Callable[[Model], Files | None]:
     return write
 
 
-def _rooted(root: str) -> Callable[[Model], Files | None]:
+def rooted(root: str) -> Callable[[Model], Files | None]:
     """Return a writer that puts another path before ``layers``."""
 
     def write(model: Model) -> Files | None:
@@ -226,7 +225,7 @@ def mlx(model: Model) -> Files:
     return Files(tensors, config, "adapters.safetensors")
 
 
-def _file(name: str) -> Callable[[Model], Files | None]:
+def in_file(name: str) -> Callable[[Model], Files | None]:
     def write(model: Model) -> Files:
         files = checkpoint(model)
         files.name = name
@@ -235,9 +234,7 @@ def _file(name: str) -> Callable[[Model], Files | None]:
     return write
 
 
-def _changed(
-    change: Callable[[Files, str], None], **config: Any
-) -> Callable[[Model], Files | None]:
+def changed(change: Callable[[Files, str], None], **config: Any) -> Callable[[Model], Files | None]:
     """Return a writer that changes the checkpoint's files, given the name of one module."""
 
     def write(model: Model) -> Files:
@@ -249,18 +246,18 @@ def _changed(
     return write
 
 
-def _nothing(files: Files, module: str) -> None:
+def nothing(files: Files, module: str) -> None:
     """Change the configuration only."""
 
 
-def _add(suffix: str, *shape: int) -> Callable[[Files, str], None]:
+def adding(suffix: str, *shape: int) -> Callable[[Files, str], None]:
     def add(files: Files, module: str) -> None:
         files.tensors[f"{module}.{suffix}"] = torch.ones(shape)
 
     return add
 
 
-def _megatron(model: Model) -> Files:
+def megatron(model: Model) -> Files:
     files = checkpoint(model)
     module, tensor = next(iter(files.tensors.items()))
     del files.tensors[module], files.tensors[module.replace("lora_A", "lora_B")]
@@ -268,64 +265,3 @@ def _megatron(model: Model) -> Files:
     files.tensors[f"{name}.lora_A.weight"] = tensor
     files.tensors[f"{name}.lora_B.weight"] = torch.ones(4, len(tensor))
     return files
-
-
-LAYOUTS = (
-    Layout("the checkpoint's modules", "PEFT", checkpoint),
-    Layout("names of the text model alone", "PEFT on `AutoModelForCausalLM`", _rooted("model.")),
-    Layout("names of the bare text model", "PEFT on `AutoModel`", _rooted("")),
-    Layout("`model.language_model.` before `layers`", "PEFT", _rooted("model.language_model.")),
-    Layout("`language_model.model.`", "transformers 4", _rooted("language_model.model.")),
-    Layout("`model.model.`", "PEFT on a wrapped model", _rooted("model.model.")),
-    Layout("`transformer.`", "diffusers", _renamed("^base_model.model.", "transformer.")),
-    Layout("no `base_model.model.`", "own scripts", _renamed("^base_model.model.", "")),
-    Layout("`_orig_mod.`", "`torch.compile`", _renamed("^", "_orig_mod.")),
-    Layout("`module.`", "DDP", _renamed("^", "module.")),
-    Layout(
-        "`_checkpoint_wrapped_module.`, `_fsdp_wrapped_module.`",
-        "FSDP",
-        _renamed(r"layers\.(\d+)\.", r"layers.\1._fsdp_wrapped_module._checkpoint_wrapped_module."),
-    ),
-    Layout(
-        "`.lora_A.default.weight`",
-        "a `state_dict` that PEFT has not saved",
-        _renamed(r"(lora_[AB])\.weight", r"\1.default.weight"),
-    ),
-    Layout("one module per output", "Tinker, SGLang-style", parts, "exact, folded"),
-    Layout("one tensor per fused layer", "verl with Megatron, SGLang", coarse, "exact, split"),
-    Layout("`lora_down`, `lora_up`, `alpha`", "kohya-ss, diffusers", kohya),
-    Layout("MLX-LM's file and configuration", "MLX-LM", mlx),
-    Layout("`adapter_model.bin`", "PEFT without safetensors", _file("adapter_model.bin")),
-    Layout("`adapter_model.pt`", "own scripts", _file("adapter_model.pt")),
-    Layout(
-        "a sharded file",
-        "`save_pretrained` of a large adapter",
-        _file("adapter_model-0000{}-of-00002.safetensors"),
-    ),
-    Layout(
-        "`pytorch_lora_weights.safetensors`", "diffusers", _file("pytorch_lora_weights.safetensors")
-    ),
-    Layout("Megatron-LM's own names", "Megatron-LM, NeMo", _megatron, "", "Megatron-Bridge"),
-    Layout("DoRA", "PEFT", _changed(_nothing, use_dora=True), "", "DoRA"),
-    Layout("a bias of LoRA-B", "PEFT, `lora_bias`", _changed(_add("lora_B.bias", 4)), "", "bias"),
-    Layout("a trained bias", "PEFT, `bias`", _changed(_add("bias", 4), bias="all"), "", "bias"),
-    Layout("X-LoRA", "PEFT", _changed(_nothing, peft_type="XLORA"), "", "peft_type"),
-    Layout("Arrow", "PEFT", _changed(_nothing, arrow_config={"top_k": 2}), "", "arrow_config"),
-    Layout(
-        "PiSSA, OLoRA, CorDA, LoftQ",
-        "PEFT",
-        _changed(_nothing, init_lora_weights="pissa"),
-        "",
-        "init_lora_weights",
-    ),
-    Layout(
-        "activated LoRA", "PEFT", _changed(_nothing, alora_invocation_tokens=[1]), "", "aLoRA|alora"
-    ),
-    Layout(
-        "replicated layers",
-        "PEFT",
-        _changed(_nothing, layer_replication=[[0, 1]]),
-        "",
-        "layer_replication",
-    ),
-)

@@ -25,7 +25,7 @@ _FOLDED = ("ADALORA", "LOHA", "LOKR", "VERA")
 _MERGE = "Merge it into the model with PEFT's merge_and_unload, and serve that model"
 
 #: Other values of ``peft_type`` (PEFT 0.21.2) -> why their adapters cannot be served.
-_KINDS = {
+REFUSED_KINDS = {
     "IA3": f"it multiplies activations by trained vectors, which no LoRA does. {_MERGE}",
     "OFT": f"it multiplies the base weight by a rotation, a change of full rank. {_MERGE}",
     "BOFT": f"it multiplies the base weight by a rotation, a change of full rank. {_MERGE}",
@@ -36,7 +36,7 @@ _KINDS = {
 
 #: Keys that no release serves -> why. Names and meanings are those of PEFT 0.21.2; ``use_mora`` is
 #: that of MoRA's fork.
-_KEYS = {
+REFUSED_KEYS = {
     "use_dora": "DoRA scales each row of base weight plus LoRA, a change of full rank that depends on "
     f"the base weight. {_MERGE}",
     "lora_bias": "a bias is added to the output for every input, and the product of LoRA-B and LoRA-A "
@@ -143,7 +143,7 @@ def _to_plain(config: Mapping[str, Any], known: set[str]) -> Mapping[str, Any]:
     if kind == MLX:
         return _read_mlx(config)
     if kind not in ("LORA", *_FOLDED):
-        reason = _KINDS.get(kind, f"vLLM would read the adapter as plain LoRA. {_MERGE}")
+        reason = REFUSED_KINDS.get(kind, f"vLLM would read the adapter as plain LoRA. {_MERGE}")
         raise AdapterError(f"adapter_config.json has peft_type={config['peft_type']!r}: {reason}")
     if kind == "VERA" and not config.get("save_projection", True):
         raise AdapterError(
@@ -165,7 +165,7 @@ def _to_plain(config: Mapping[str, Any], known: set[str]) -> Mapping[str, Any]:
 
 def _refuse_keys(config: Mapping[str, Any], known: set[str]) -> None:
     """Refuse the settings that no release serves, or that this one would ignore."""
-    for key, reason in _KEYS.items():
+    for key, reason in REFUSED_KEYS.items():
         if config.get(key):
             raise AdapterError(f"adapter_config.json has {key}={config[key]!r}: {reason}")
     if config.get("use_bdlora") and config.get("use_qalora"):

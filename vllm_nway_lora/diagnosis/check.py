@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,14 @@ from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
 from vllm_nway_lora.adapters.origin import get_origin
 from vllm_nway_lora.adapters.roads import any_layout
 from vllm_nway_lora.diagnosis import offline
-from vllm_nway_lora.diagnosis.report import Outcome, Report, Row, Verdict, build_report
+from vllm_nway_lora.diagnosis.report import (
+    Outcome,
+    Report,
+    Row,
+    Verdict,
+    build_report,
+    fold_names,
+)
 from vllm_nway_lora.diagnosis.sides import (
     each_rank,
     format_error,
@@ -69,6 +76,7 @@ def check_adapter(
     rows: dict[str, Row] = {}
     verdicts = {True: Verdict(), False: Verdict()}
     rules: dict[str, None] = {}
+    left_out: dict[str, dict[str, None]] = {}
     with zero_adapter(Path(adapter)) as zeros:
         for plugin, on_rank in each_rank(
             model,
@@ -78,7 +86,7 @@ def check_adapter(
             max_lora_rank=rank,
             model_impl=model_impl,
         ):
-            loaded = _load(on_rank, zeros, plugin, verdicts[plugin])
+            loaded = _load(on_rank, zeros, plugin, verdicts[plugin], left_out)
             if loaded is None:
                 continue
             needed = max((weights.rank for weights in loaded.loras.values()), default=0)
@@ -93,14 +101,24 @@ def check_adapter(
                     model_impl=model_impl,
                 )
             rules |= dict.fromkeys(get_origin(loaded).rules if plugin else ())
-            _check_rank(on_rank, loaded, plugin, rows, verdicts[plugin])
+            known = {module for of in left_out.values() for module in of}
+            _check_rank(on_rank, loaded, plugin, rows, verdicts[plugin], known)
     report = build_report(rows, verdicts)
     report.rules = list(rules)
+    report.left_out = {reason: fold_names(modules) for reason, modules in left_out.items()}
     return report
 
 
-def _load(rank: offline.Rank, folder: Path, plugin: bool, whole: Verdict) -> Any:
+def _load(
+    rank: offline.Rank,
+    folder: Path,
+    plugin: bool,
+    whole: Verdict,
+    left_out: dict[str, dict[str, None]],
+) -> Any:
     """Load the adapter on one rank of one side, with the plugin also in other layouts.
+
+    Adds the modules that a server leaves out with a warning to ``left_out``.
 
     Returns:
         The ``LoRAModel``; None if it is refused, which worsens the verdict ``whole``.
@@ -124,11 +142,20 @@ def _load(rank: offline.Rank, folder: Path, plugin: bool, whole: Verdict) -> Any
             whole.worsen(Outcome.REFUSED, text)
         if fault:
             return None
+        for reason, modules in findings.left_out.items():
+            left_out.setdefault(reason, {}).update(dict.fromkeys(modules))
+        if findings.is_empty:
+            whole.worsen(Outcome.REFUSED, "no module of it is left")
     return adapter
 
 
 def _check_rank(
-    rank: offline.Rank, adapter: Any, plugin: bool, rows: dict[str, Row], whole: Verdict
+    rank: offline.Rank,
+    adapter: Any,
+    plugin: bool,
+    rows: dict[str, Row],
+    whole: Verdict,
+    left_out: Collection[str],
 ) -> None:
     """Add the rows of one side's rank, or worsen the verdicts of those that are there."""
     manager = rank.lora_manager
@@ -162,7 +189,7 @@ def _check_rank(
             if id(getattr(layer, "base_layer", None)) in bypassed:
                 row.stock.worsen(Outcome.IGNORED, "the model uses the layer past its LoRA")
     for name, weights in adapter.loras.items():
-        if id(weights) in used:
+        if id(weights) in used or name in left_out:
             continue
         if plugin:
             row = rows.setdefault(name, _row(name, [(name, weights)]))

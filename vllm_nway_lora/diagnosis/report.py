@@ -84,12 +84,14 @@ class Report:
 
     Attributes:
         rules: the translations of the adapter's layout with the plugin.
+        left_out: reason -> modules that a server leaves out with a warning. Layer numbers are ``*``.
     """
 
     rows: list[Row]
     stock: Verdict
     plugin: Verdict
     rules: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
 def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> Report:
@@ -107,6 +109,11 @@ def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> R
             if verdict.outcome is Outcome.FAILS:
                 part.worsen(Outcome.FAILS, verdict.reason)
     return Report(folded, verdicts[False], verdicts[True])
+
+
+def fold_names(modules: Iterable[str]) -> list[str]:
+    """Return the names of modules with ``*`` for layers' numbers, each once."""
+    return list(dict.fromkeys(re.sub(r"\b\d+\b", "*", module) for module in modules))
 
 
 def fold_rows(rows: Iterable[Row]) -> list[Row]:
