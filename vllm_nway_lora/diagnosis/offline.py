@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import vllm.platforms
+from transformers import PretrainedConfig
 from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
@@ -25,6 +26,7 @@ from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import ModelRegistry
 from vllm.plugins import load_general_plugins
+from vllm.triton_utils import triton
 
 from vllm_nway_lora.diagnosis.mixtures import without_kernels
 
@@ -154,6 +156,7 @@ def configure(
             dtype="float32",
             max_model_len=64,
             enforce_eager=True,
+            hf_overrides=_drop_quantisation,
         ),
         lora_config=LoRAConfig(
             max_lora_rank=max_lora_rank,
@@ -169,6 +172,17 @@ def configure(
     # vLLM 0.17 validates copies of the configuration and would require 4 GiB per rank.
     vllm_config.cache_config.swap_space = 0
     return Rank(StandInGroup(rank, size), vllm_config)
+
+
+def _drop_quantisation(config: Any) -> Any:
+    """Remove the quantisation from a ``PretrainedConfig`` and its parts.
+
+    A quantised weight has the rows and columns of a plain one, and its kernels need a GPU.
+    """
+    for part in (config, *vars(config).values()):
+        if isinstance(part, PretrainedConfig) and hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return config
 
 
 def import_class(architecture: str) -> Any:
@@ -197,7 +211,9 @@ def build(rank: Rank, device: str = "meta") -> None:
         named = mock.patch.object(
             vllm.platforms.current_platform, "current_device", return_value=device, create=True
         )
-        with rank.current(), torch.device(device), named:
+        # Older builds of Triton, and vLLM's stand-in for it, lack this function (OLMo hybrid).
+        allocator = mock.patch.object(triton, "set_allocator", create=True)
+        with rank.current(), torch.device(device), named, allocator:
             rank.model = initialize_model(vllm_config=rank.vllm_config)
     finally:
         torch.set_default_dtype(default)
