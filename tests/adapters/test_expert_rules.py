@@ -23,7 +23,7 @@ from support.expert_truth import (
 )
 
 from vllm_nway_lora.adapters.expert_layouts import translate_experts
-from vllm_nway_lora.adapters.expert_types import Swaps
+from vllm_nway_lora.adapters.expert_types import Mixture, Swaps
 from vllm_nway_lora.adapters.target import Pair
 
 RULES: dict[str, tuple[str, Any, dict[str, Any], str]] = {
@@ -238,3 +238,25 @@ class TestScalings:
         down = pairs["1.down_proj"]
         assert torch.equal(written["1.down_proj"].b, down.b.float() * 0.3)
         assert torch.equal(written["1.up_proj"].b, 2 * pairs["1.up_proj"].b)
+
+
+def test_patterns_are_for_the_names_in_the_file() -> None:
+    """A text model's file has other names than the multimodal class that serves it."""
+    config = {
+        **{"r": 2, "lora_alpha": 4, "peft_version": "0.21.2"},
+        "alpha_pattern": {r"^layers\.0\.mlp\.experts.*": 16},
+    }
+    mixture = Mixture(
+        path="language_model.model.layers.0.mlp.experts",
+        source="layers.0.mlp.experts",
+        experts=3,
+        hidden=8,
+        intermediate=5,
+        is_stacked=True,
+    )
+    pairs = {
+        "base_layer": Pair(torch.ones(6, 8), torch.ones(10, 6), 8.0),
+        "": Pair(torch.ones(6, 5), torch.ones(8, 6), 8.0),
+    }
+    found, _ = translate_experts(pairs, mixture, config)
+    assert {pair.scaling for pair in found.values()} == {8.0}

@@ -71,7 +71,8 @@ def test_parts_are_folded_into_their_module(
         expected[parts[name].start : parts[name].stop] = delta(own)
     assert list(found) == ["m.all"]
     assert torch.equal(delta(found["m.all"]), expected)
-    rank = sum(len(own.a) for own in pairs.values())
+    effective = [own for own in pairs.values() if own.b.any()] or list(pairs.values())[:1]
+    rank = sum(len(own.a) for own in effective)  # a part without effect does not raise it
     assert found["m.all"].b.shape == (sum(sizes), rank)
     assert rules == [f"{', '.join(name[2:] for name in pairs)} folded into all of rank {rank}"]
 
@@ -84,6 +85,17 @@ def test_parts_of_one_scaling_keep_their_values() -> None:
     assert found["qkv"].scaling == 0.3
     assert torch.equal(found["qkv"].b, torch.block_diag(b, b))
     assert torch.equal(found["qkv"].a, torch.cat([a, a]))
+
+
+def test_parts_of_other_scalings_are_rounded_once() -> None:
+    target = Target({"qk": 4}, parts={"q": Part("qk", 0, 2), "k": Part("qk", 2, 4)})
+    a, b = torch.randn(1, 3).bfloat16(), torch.randn(2, 1).bfloat16()
+    found, _ = fold_parts({"q": Pair(a, b, 5 / 6), "k": Pair(a, b, 16 / 6)}, target)
+    assert found["qk"].scaling == 1.0
+    assert torch.equal(found["qk"].b[:2, :1], (b.double() * 5 / 6).bfloat16())
+    assert torch.equal(found["qk"].b[2:, 1:], (b.double() * 16 / 6).bfloat16())
+    none, _ = fold_parts({"q": Pair(a, b, 0.0), "k": Pair(a, b, 1.0)}, target)
+    assert not none["qk"].b[:2].any()
 
 
 FUSED = Target({"q": 4, "k": 2}, fused={"qk": ("q", "k")})

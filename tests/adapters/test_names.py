@@ -74,6 +74,12 @@ def test_a_name_that_no_module_can_have(name: str) -> None:
     assert Names(TARGET).resolve(name) is None
 
 
+def test_a_layer_without_lora_is_found_too() -> None:
+    """Admission then says that `--lora-target-modules` leaves it out."""
+    target = Target(modules={}, unwrapped=frozenset({f"{LAYERS}.0.mlp.up_proj"}))
+    assert Names(target).resolve("layers.0.mlp.up_proj") == f"{LAYERS}.0.mlp.up_proj"
+
+
 def test_the_first_name_that_is_known_counts() -> None:
     names = Names(TARGET)
     assert names.resolve("unknown.layers.0.x", "layers.0.self_attn.q_proj") is not None

@@ -152,6 +152,9 @@ def translate_and_examine(manager: Any, adapter: Any) -> tuple[Findings, str]:
                 findings = examine(manager, adapter)
         except LayoutError as error:
             return findings, str(error)
+        except Exception as error:  # tensors or settings of a kind that nobody has thought of
+            logger.debug("The translation failed", exc_info=True)
+            return findings, f"its layout cannot be read ({type(error).__name__}: {error})"
     return findings, ""
 
 

@@ -116,7 +116,9 @@ def read_kind(
         fault = find_pair_fault(a[e].tensor, b[e].tensor) or find_shape_fault(
             a[e].tensor, b[e].tensor, columns, rows
         )
-        ranks = find_values("rank_pattern", "r", config, f"{mixture.path}.{b[e].module}")
+        ranks = find_values(
+            "rank_pattern", "r", config, f"{mixture.source or mixture.path}.{b[e].module}"
+        )
         if not fault and ranks and a[e].tensor.shape[0] not in ranks:
             fault = (
                 f"adapter_config.json says rank {' or '.join(map(str, ranks))}, found LoRA-A "

@@ -52,6 +52,7 @@ class Mixture:
         local: the experts that this rank has.
         scales_alike: vLLM scales all modules as the first one.
         layer: the LoRA layer's class, for messages.
+        source: its name in the adapter's file, which PEFT's patterns are for; empty if it is ``path``.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Mixture:
     local: Sequence[int] = ()
     scales_alike: bool = False
     layer: str = ""
+    source: str = ""
 
     @property
     def kinds(self) -> tuple[str, ...]:

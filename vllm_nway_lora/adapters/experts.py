@@ -86,8 +86,8 @@ def find_stacked_fault(manager: Any, module: str, weights: Any, layer: Any) -> s
     dimensions. The order of the experts and ranks in B's columns cannot be told from shapes.
     """
     a, b, rank = weights.lora_a, weights.lora_b, weights.rank
-    if a is None or b is None:
-        return find_pair_fault(a, b)
+    if a is None or b is None or not a.ndim or not b.ndim:
+        return find_pair_fault(a, b, dims=(2, 3))
     n, hidden, intermediate = read_sizes(manager, layer)
     is_gate_up = module.endswith(".base_layer")
     columns, rows = (hidden, 2 * intermediate) if is_gate_up else (intermediate, hidden)

@@ -73,7 +73,7 @@ def validate_layer(
         fault = (
             experts.find_stacked_fault(manager, module, weights, layer)
             if is_stacked
-            else _find_fault_of_pair(weights, dims)
+            else find_fault_of_pair(weights, dims)
         )
         faults = [fault] if fault else list(_find_faults_of_values(weights, max_rank))
         if copy_fault := find_copy_fault(manager.model, name, weights):
@@ -82,7 +82,7 @@ def validate_layer(
     return found or list(_validate_shapes(manager, name, layer, weights_of))
 
 
-def _find_fault_of_pair(weights: Any, dims: int) -> str:
+def find_fault_of_pair(weights: Any, dims: int = 2) -> str:
     """Return the fault of one module's A and B that does not depend on their layer's sizes."""
     a, b = weights.lora_a, weights.lora_b
     if fault := find_pair_fault(a, b, dims=(2, 3)):

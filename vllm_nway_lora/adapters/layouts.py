@@ -84,6 +84,8 @@ def fold_parts(pairs: Mapping[str, Pair], target: Target) -> tuple[dict[str, Pai
 
 
 def _fold(module: str, rows: int, pieces: list[tuple[Part, str, Pair]]) -> Pair:
+    # A part without effect must not raise the rank.
+    pieces = [piece for piece in pieces if bool(piece[2].b.any())] or pieces[:1]
     widths = {pair.a.shape[1] for _, _, pair in pieces}
     for part, path, pair in pieces:
         expected = part.stop - part.start
@@ -94,7 +96,8 @@ def _fold(module: str, rows: int, pieces: list[tuple[Part, str, Pair]]) -> Pair:
                 f"{tuple(pair.b.shape)}"
             )
     rank = sum(len(pair.a) for _, _, pair in pieces)
-    scaling = pieces[0][2].scaling
+    scalings = {pair.scaling for _, _, pair in pieces}
+    scaling = scalings.pop() if len(scalings) == 1 else 1.0
     b = pieces[0][2].b.new_zeros(rows, rank)
     column = 0
     for part, _, pair in pieces:
@@ -106,7 +109,7 @@ def _fold(module: str, rows: int, pieces: list[tuple[Part, str, Pair]]) -> Pair:
 
 def scale(b: torch.Tensor, own: float, common: float) -> torch.Tensor:
     """Return a LoRA-B of scaling ``own`` for a pair of scaling ``common``; its values if they are equal."""
-    return b if own == common else (b.double() * (own / common)).to(b.dtype)
+    return b if own == common else (b.double() * own / common).to(b.dtype)
 
 
 def _add(found: dict[str, Pair], module: str, pair: Pair, source: str) -> None:

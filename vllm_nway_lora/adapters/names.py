@@ -30,7 +30,7 @@ class Names:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._exact = {*target.modules, *target.fused, *target.parts}
+        self._exact = {*target.modules, *target.fused, *target.parts, *target.unwrapped}
         whole = [(path, path) for path in self._exact] + list(target.aliases.items())
         self._whole = _group(whole)
         #: Layers that have more than one module each, or whose modules are not known on this rank.

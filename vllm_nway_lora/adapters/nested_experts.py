@@ -184,7 +184,7 @@ def _scale(
     PEFT matches a pattern with the parameter's name. vLLM takes the module of the mixture for down_proj
     (``get_rank_and_scaling``, vllm/lora/peft_helper.py), and before 0.32.0 it knows no patterns.
     """
-    key = f"{mixture.path}.{kind}_proj"
+    key = f"{mixture.source or mixture.path}.{kind}_proj"
     ranks, alphas = (
         find_values("rank_pattern", "r", config, key),
         find_values("alpha_pattern", "lora_alpha", config, key),

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from vllm.lora.layers import FusedMoEWithLoRA
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_nway_lora.adapters.fit import module_shapes
 from vllm_nway_lora.adapters.target import Part, Target
@@ -53,9 +55,9 @@ def _read(manager: Any) -> Target:
             continue
         modules = list(manager.packed_modules.get(path, ())) or [path]
         shapes = _shapes(manager, path, layer, len(modules))
-        for module, (width, height) in zip(modules, shapes, strict=False):
+        for module, (width, height) in zip(modules, shapes, strict=True):
             rows[module], columns[module] = height, width
-        if path not in modules and len(shapes) == len(modules) and all(h for _, h in shapes):
+        if path not in modules and all(height for _, height in shapes):
             fused[path] = tuple(modules)
         for module, places in _outputs(layer, modules).items():
             outputs[module] = places
@@ -72,13 +74,29 @@ def _read(manager: Any) -> Target:
         for name, (start, stop) in zip(part_names(module, len(places)), places, strict=False):
             if name and name not in rows and rows.get(module) is not None:
                 parts[name] = Part(module, start, stop)
+    layers = dict(manager.model.named_modules())
     absent = tuple(
         path
-        for path, layer in manager.model.named_modules()
+        for path, layer in layers.items()
         if type(layer).__name__ in ("PPMissingLayer", "StageMissingLayer")
     )
-    aliases = _read_aliases(manager.model, [*rows, *fused, *mixtures])
-    return Target(rows, columns, fused, parts, frozenset(mixtures), absent, aliases)
+    unwrapped = set()
+    for path, layer in layers.items():
+        parent, _, name = path.rpartition(".")
+        if not isinstance(layer, (LinearBase, VocabParallelEmbedding)) or name == "base_layer":
+            continue
+        names = manager.packed_modules_mapping.get(name) or [name]
+        unwrapped |= {path, *(f"{parent}.{module}" for module in names)}
+    return Target(
+        rows,
+        columns,
+        fused,
+        parts,
+        frozenset(mixtures),
+        absent,
+        frozenset(unwrapped - rows.keys() - fused.keys() - parts.keys()),
+        _read_aliases(manager.model, [*rows, *fused, *mixtures]),
+    )
 
 
 def _shapes(
@@ -86,10 +104,11 @@ def _shapes(
 ) -> Sequence[tuple[int | None, int | None]]:
     """Return per module the columns of LoRA-A and the rows of LoRA-B, over all ranks."""
     if not isinstance(layer, NWayLinearWithLoRA):
-        return module_shapes(manager, path, layer, modules)
+        shapes = module_shapes(manager, path, layer, modules)
+        return shapes if len(shapes) == modules else [(None, None)] * modules
     plan = layer.plan
-    if plan.trained != plan.modules:  # a module's rows are another module's too
-        return [(layer.input_size, part.rows) for part in plan.slices[:1] if modules == 1]
+    if plan.trained != plan.modules:  # a module's rows are another module's too (Gemma 4)
+        return [(layer.input_size, None)] * modules
     return [(layer.input_size, part.rows) for part in plan.slices]
 
 

@@ -51,6 +51,7 @@ class Target:
         parts: path that a module of one output would have -> its place in the fused module.
         mixtures: the layers of experts.
         absent: layers that this rank does not have (pipeline parallelism).
+        unwrapped: modules of layers without LoRA here (``--lora-target-modules``).
         aliases: name in transformers -> path of a module, a part, a fused layer or a mixture.
     """
 
@@ -60,4 +61,5 @@ class Target:
     parts: Mapping[str, Part] = field(default_factory=dict)
     mixtures: frozenset[str] = frozenset()
     absent: tuple[str, ...] = ()
+    unwrapped: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)

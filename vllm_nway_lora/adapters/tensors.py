@@ -118,6 +118,12 @@ def _keep_copy(adapter: Any, name: str, tensor: torch.Tensor, mapper: Any) -> No
     setattr(weights, _COPY, (name, tensor))
 
 
+def carry_copy(old: Any, new: Any) -> None:
+    """Give the base weight that an adapter has of a module to the module's translated weights."""
+    if hasattr(old, _COPY):
+        setattr(new, _COPY, getattr(old, _COPY))
+
+
 def find_copy_fault(model: nn.Module, path: str, weights: Any) -> str:
     """Return the fault of the base weight that an adapter has of a module, if it is not the model's.
 

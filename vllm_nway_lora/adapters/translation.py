@@ -16,12 +16,14 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm_nway_lora.adapters.config import get_kind
 from vllm_nway_lora.adapters.expert_layouts import translate_experts
 from vllm_nway_lora.adapters.expert_types import Given, Half
+from vllm_nway_lora.adapters.fit import find_fault_of_pair
 from vllm_nway_lora.adapters.layouts import fold_parts, split_fused
 from vllm_nway_lora.adapters.mixtures import read_mixture
 from vllm_nway_lora.adapters.names import Names
 from vllm_nway_lora.adapters.origin import Origin, get_origin, set_origin
 from vllm_nway_lora.adapters.served import read_target
 from vllm_nway_lora.adapters.target import LayoutError, Pair, Target
+from vllm_nway_lora.adapters.tensors import carry_copy
 
 
 def translate_adapter(manager: Any, adapter: Any, unused: Collection[str]) -> bool:
@@ -53,12 +55,17 @@ def translate_adapter(manager: Any, adapter: Any, unused: Collection[str]) -> bo
             name = path.removeprefix(mixture).removeprefix(".")
             by_mixture.setdefault(mixture, {})[name] = _read(weights)
         else:
+            # Once folded or split, it no longer shows what adapter_config.json says.
+            is_changed = path in target.fused or path in target.parts
+            if fault := find_fault_of_pair(weights) if is_changed else "":
+                raise LayoutError(f"module {module}: {fault}")
             dense[path] = Pair(weights.lora_a, weights.lora_b, weights.scaling)
     new, more = _translate_dense(dense, kept, target, origin)
     rules += more
     ranks: dict[str, int] = {}
     for mixture, given in by_mixture.items():
         taken = read_mixture(manager, adapter, mixture, manager.modules[mixture])
+        taken = dataclasses.replace(taken, source=_find_source(mixture, paths, origin))
         pairs, rule = translate_experts(given, taken, origin.config)
         rules += [rule] if rule else []
         for name, pair in pairs.items():
@@ -72,7 +79,7 @@ def translate_adapter(manager: Any, adapter: Any, unused: Collection[str]) -> bo
     is_pinned = any(map(_is_pinned, sources.values()))
     adapter.loras = kept | {
         path: _keep(sources.get(path), pair)
-        or _write(path, pair, ranks.get(path, pair.a.shape[-2]), is_pinned)
+        or _write(path, pair, ranks.get(path, pair.a.shape[-2]), is_pinned, sources.get(path))
         for path, pair in new.items()
     }
     rules = list(dict.fromkeys(rules))
@@ -123,6 +130,13 @@ def _resolve(
             )
         paths[module] = path
     return paths
+
+
+def _find_source(mixture: str, paths: Mapping[str, str], origin: Origin) -> str:
+    """Return the name of a mixture in the adapter's file."""
+    module = next(module for module, path in paths.items() if f"{path}.".startswith(f"{mixture}."))
+    suffix = paths[module].removeprefix(mixture)
+    return origin.names.get(module, module).removesuffix(suffix)
 
 
 def _describe_renames(paths: Mapping[str, str]) -> Iterator[str]:
@@ -176,8 +190,10 @@ def _keep(weights: Any, pair: Pair) -> Any:
     return weights
 
 
-def _write(path: str, pair: Pair, rank: int, is_pinned: bool) -> LoRALayerWeights:
+def _write(path: str, pair: Pair, rank: int, is_pinned: bool, source: Any) -> LoRALayerWeights:
     a, b = pair.a.contiguous(), pair.b.contiguous()
     if is_pinned:
         a, b = a.pin_memory(), b.pin_memory()
-    return LoRALayerWeights(path, rank, pair.scaling * rank, a, b, pair.scaling)
+    weights = LoRALayerWeights(path, rank, pair.scaling * rank, a, b, pair.scaling)
+    carry_copy(source, weights)
+    return weights

@@ -49,6 +49,8 @@ def translate_tensors(
     model_impl: str = "auto",
 ) -> Translation:
     """Implement :func:`vllm_nway_lora.translate`."""
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError("tensors: expected torch.Tensor for every name")
     was_on = bool(registration.applied())
     vllm_nway_lora.register()
     if not registration.applied():
@@ -104,15 +106,20 @@ def _build_config(config: Mapping[str, Any], names: Mapping[str, Any]) -> dict[s
     scaling = next(w.scaling for w in names.values() if w.rank == rank)
     built = {
         key: config[key]
-        for key in ("base_model_name_or_path", "target_parameters", "task_type", "vllm_nway_lora")
+        for key in ("base_model_name_or_path", "target_parameters", "task_type")
         if config.get(key) is not None
     }
+    # PEFT reaches the parameters of stacked experts by their own setting.
+    is_stacked = any(name.endswith(".experts.base_layer") for name in names)
+    if is_stacked:
+        built.setdefault("target_parameters", ["experts.gate_up_proj", "experts.down_proj"])
+    modules = [name for name in names if not re.search(r"\.experts(\.base_layer)?$", name)]
     built |= {
         "peft_type": "LORA",
         "bias": "none",
         "r": rank,
         "lora_alpha": scaling * rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in names}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in modules}),
         "rank_pattern": {},
         "alpha_pattern": {},
     }
