@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.diagnosis.mixtures import without_kernels
 
 MAX_LORAS = 4
 MAX_RANK = 8
@@ -84,7 +85,8 @@ class RankModel:
                 process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
-            self.worker_manager.create_lora_manager(self.model, self.vllm_config)
+            with without_kernels("cpu"):
+                self.worker_manager.create_lora_manager(self.model, self.vllm_config)
 
         self.run_as_rank(wrap)
 

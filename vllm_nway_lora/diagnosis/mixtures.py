@@ -13,10 +13,11 @@ from vllm.lora.layers import fused_moe
 
 
 @contextmanager
-def without_kernels() -> Iterator[None]:
-    """Build LoRA layers of experts without kernels and without memory.
+def without_kernels(device: str = "meta") -> Iterator[None]:
+    """Build LoRA layers of experts without kernels, with their slots on ``device``.
 
-    Their sizes, slots, slices and checks are vLLM's own; they cannot compute.
+    Their sizes, slots, slices and checks are vLLM's own; they cannot compute. The slots of a large model
+    are gigabytes; on the meta device they take no memory.
     """
     layer_class = fused_moe.FusedMoEWithLoRA
     build = layer_class.__init__
@@ -31,12 +32,12 @@ def without_kernels() -> Iterator[None]:
                     owner.quant_method.moe_kernel.fused_experts = experts
         build(self, base_layer)
 
-    meta = torch.device("meta")
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(layer_class, "__init__", init))
         if hasattr(layer_class, "_inject_lora_into_fused_moe"):  # to 0.21
             stack.enter_context(mock.patch.object(layer_class, "_inject_lora_into_fused_moe"))
-        stack.enter_context(mock.patch.object(fused_moe, "_get_lora_device", return_value=meta))
+        where = mock.Mock(return_value=torch.device(device))
+        stack.enter_context(mock.patch.object(fused_moe, "_get_lora_device", where))
         if hasattr(fused_moe, "FusedMoEKernelModularImpl"):
             stack.enter_context(mock.patch.object(fused_moe, "FusedMoEKernelModularImpl", object))
         stack.enter_context(mock.patch.object(fused_moe, "FusedMoEModularMethod"))
