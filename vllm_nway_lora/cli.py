@@ -127,16 +127,21 @@ def _check(options: argparse.Namespace, console: Console) -> int:
         and _has_file(options.adapter, "adapter_config.json")
     ):
         return 2
+    from vllm_nway_lora.adapters.errors import AdapterError
     from vllm_nway_lora.diagnosis.check import check_adapter
 
-    report = check_adapter(
-        options.model,
-        options.adapter,
-        tensor_parallel_size=options.tensor_parallel_size,
-        fully_sharded=options.fully_sharded_loras,
-        model_impl=options.model_impl,
-        max_lora_rank=options.max_lora_rank,
-    )
+    try:
+        report = check_adapter(
+            options.model,
+            options.adapter,
+            tensor_parallel_size=options.tensor_parallel_size,
+            fully_sharded=options.fully_sharded_loras,
+            model_impl=options.model_impl,
+            max_lora_rank=options.max_lora_rank,
+        )
+    except AdapterError as error:
+        print(f"{options.adapter}: {error}", file=sys.stderr)
+        return 1
     return _answer(report, options, console)
 
 

@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Given], dict[str, Any], str]]
         {},
         {"4.w1": pair((2, 12), (5, 2))},
         {},
-        f"module {PATH}.4.w1 (layer {PATH}, Layer): the model has 4 experts, the first one is 0",
+        f"module {PATH}.4.w1 (layer {PATH}, Layer): the model has experts 0 to 3. Use the adapter",
     ),
     "two names": (
         {},

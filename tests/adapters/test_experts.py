@@ -142,7 +142,7 @@ REFUSED: dict[str, tuple[dict[str, bool], Tensors, str]] = {
     "an expert more": (
         {},
         per_expert() | {n.replace(".2.", ".6."): t for n, t in per_expert().items() if ".2." in n},
-        f"module {PATH}.6.up_proj (layer {PATH}, FusedMoEWithLoRA): the model has 6 experts",
+        f"module {PATH}.6.up_proj (layer {PATH}, FusedMoEWithLoRA): the model has experts 0 to 5",
     ),
     "other rank": ({}, per_expert(rank=2 * RANK), "says rank 4, found LoRA-A (8, 32)"),
     "one expert wider": ({}, with_one_wider(per_expert()), WIDER),

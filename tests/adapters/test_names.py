@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_nway_lora.adapters.names import Names, explain
+from vllm_nway_lora.adapters.names import Names, explain, find_nearest
 from vllm_nway_lora.adapters.target import LayoutError, Part, Target
 
 LAYERS = "language_model.model.layers"
@@ -111,9 +111,9 @@ def test_a_name_of_two_layers_of_experts_is_refused() -> None:
 
 
 def test_the_nearest_module_is_of_the_same_layer() -> None:
-    nearest = Names(TARGET).nearest("model.layers.1.attention.q_proj")
+    nearest = find_nearest("model.layers.1.attention.q_proj", TARGET)
     assert nearest == f"{LAYERS}.1.self_attn.q_proj"
-    assert Names(TARGET).nearest("model.layers.99.attention.q_proj") == ""
+    assert find_nearest("model.layers.99.attention.q_proj", TARGET) == ""
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ LAYOUTS = (
         "a `state_dict` that PEFT has not saved",
         renamed(r"(lora_[AB])\.weight", r"\1.default.weight"),
     ),
-    Layout("one module per output", "Tinker, SGLang-style", parts, "exact, folded"),
+    Layout("one module per output", "Tinker", parts, "exact, folded"),
     Layout("one tensor per fused layer", "verl with Megatron, SGLang", coarse, "exact, split"),
     Layout("`lora_down`, `lora_up`, `alpha`", "kohya-ss, diffusers", kohya),
     Layout("MLX-LM's file and configuration", "MLX-LM", mlx),
@@ -91,7 +91,7 @@ EXPERTS = {
     ),
     "apart, w1 to w3": ("the same, named w1, w2, w3", "PEFT on Mixtral with transformers 4"),
     "PEFT 0.19": ("`experts.base_layer` and `experts`, stacked", "PEFT 0.19 and later"),
-    "PEFT 0.18": ("the same with columns and rows swapped", "PEFT to 0.18"),
+    "PEFT 0.18": ("the same with columns and rows swapped", "PEFT up to 0.18"),
     "Tinker": ("`w1`, `w2`, `w3` with three dimensions", "Tinker's archives"),
     "Megatron-Bridge in memory": (
         "`experts.gate_up_proj` and `experts.down_proj` with three dimensions",
@@ -100,7 +100,7 @@ EXPERTS = {
     "A stacked, B apart": ("one matrix that all experts share", "Megatron-Bridge, shared outer"),
     "Unsloth before 1269": (
         "stacked, LoRA-B ordered by expert (with the [setting](#experts))",
-        "Unsloth to September 2026",
+        "Unsloth up to September 2026",
     ),
     "Megatron-Bridge packed": (
         "the same, swapped (with the [setting](#experts))",
@@ -113,10 +113,10 @@ FOLDED = {
     "ADALORA": "A times E, scaled by `lora_alpha` over `init_r`",
     "VERA": "both vectors multiplied into the shared matrices, rank r",
     "LOHA": "a product of both factors, rank r²",
-    "LOKR": "a Kronecker product, its rank at most 512",
+    "LOKR": "a Kronecker product; the rank must be at most 512",
     "use_bdlora": "blocks laid on the diagonal, rank r",
     "use_qalora": "A's columns repeated per group, rank r",
     "velora_config": "its training buffer left out",
-    "use_rslora": "vLLM's own",
+    "use_rslora": "vLLM applies it itself",
     "rank_pattern": "each module's own rank and scaling, on every release",
 }

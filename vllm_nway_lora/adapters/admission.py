@@ -48,6 +48,7 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
     findings, fault = translate_and_examine(manager, adapter)
     if fault:
         raise AdapterError(format_refusal(label, [fault]))
+    rules = get_origin(adapter).rules
     is_lenient = settings.read_mode() is settings.Mode.LENIENT
     faults, advice = list(findings.faults), ""
     if findings.is_empty and not faults:
@@ -61,7 +62,7 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
     if faults or not is_lenient:
         faults += findings.unmatched
     if faults:
-        if rules := get_origin(adapter).rules:
+        if rules:
             advice = f" It was translated: {'; '.join(rules)}.{advice}"
         raise AdapterError(format_refusal(label, faults) + advice)
     for reason, modules in findings.left_out.items():
@@ -74,7 +75,7 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
             settings.Mode.LENIENT.value,
             "; ".join(findings.unmatched),
         )
-    if rules := get_origin(adapter).rules:
+    if rules:
         logger.info("%s is translated: %s.", label, "; ".join(rules))
     logger.info("%s is served: %s.", label, findings.summarize())
     setattr(adapter, _ADMITTED_BY, manager)
@@ -154,7 +155,9 @@ def translate_and_examine(manager: Any, adapter: Any) -> tuple[Findings, str]:
             return findings, str(error)
         except Exception as error:  # tensors or settings of a kind that nobody has thought of
             logger.debug("The translation failed", exc_info=True)
-            return findings, f"its layout cannot be read ({type(error).__name__}: {error})"
+            return findings, (
+                f"its layout cannot be read ({type(error).__name__}: {error}). Save the adapter with PEFT"
+            )
     return findings, ""
 
 

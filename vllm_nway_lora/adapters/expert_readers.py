@@ -57,7 +57,9 @@ def parse_module(suffix: str, mixture: Mixture) -> tuple[str, int | None]:
             "without the number of an expert before"
         )
     if number and int(number) >= mixture.experts:
-        raise LayoutError(f"{name}: the model has {mixture.experts} experts, the first one is 0")
+        raise LayoutError(
+            f"{name}: the model has experts 0 to {mixture.experts - 1}. Use the adapter of this model"
+        )
     if kind not in (*mixture.kinds, "gate_up" if mixture.is_gated else ""):
         raise LayoutError(f"{name}: the model's experts have up_proj and down_proj only")
     if number and kind == "gate_up" and mixture.is_interleaved:

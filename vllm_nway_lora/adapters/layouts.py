@@ -84,8 +84,6 @@ def fold_parts(pairs: Mapping[str, Pair], target: Target) -> tuple[dict[str, Pai
 
 
 def _fold(module: str, rows: int, pieces: list[tuple[Part, str, Pair]]) -> Pair:
-    # A part without effect must not raise the rank.
-    pieces = [piece for piece in pieces if bool(piece[2].b.any())] or pieces[:1]
     widths = {pair.a.shape[1] for _, _, pair in pieces}
     for part, path, pair in pieces:
         expected = part.stop - part.start
@@ -95,6 +93,8 @@ def _fold(module: str, rows: int, pieces: list[tuple[Part, str, Pair]]) -> Pair:
                 f"same columns of LoRA-A in all parts, found LoRA-A {tuple(pair.a.shape)} and LoRA-B "
                 f"{tuple(pair.b.shape)}"
             )
+    # A part without effect must not raise the rank.
+    pieces = [piece for piece in pieces if bool(piece[2].b.any())] or pieces[:1]
     rank = sum(len(pair.a) for _, _, pair in pieces)
     scalings = {pair.scaling for _, _, pair in pieces}
     scaling = scalings.pop() if len(scalings) == 1 else 1.0
@@ -102,12 +102,12 @@ def _fold(module: str, rows: int, pieces: list[tuple[Part, str, Pair]]) -> Pair:
     column = 0
     for part, _, pair in pieces:
         own = slice(column, column + len(pair.a))
-        b[part.start : part.stop, own] = scale(pair.b, pair.scaling, scaling)
+        b[part.start : part.stop, own] = _scale(pair.b, pair.scaling, scaling)
         column = own.stop
     return Pair(torch.cat([pair.a for _, _, pair in pieces]), b, scaling)
 
 
-def scale(b: torch.Tensor, own: float, common: float) -> torch.Tensor:
+def _scale(b: torch.Tensor, own: float, common: float) -> torch.Tensor:
     """Return a LoRA-B of scaling ``own`` for a pair of scaling ``common``; its values if they are equal."""
     return b if own == common else (b.double() * own / common).to(b.dtype)
 

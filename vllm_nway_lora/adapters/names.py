@@ -66,12 +66,6 @@ class Names:
                 return next(iter(found))
         return None
 
-    def nearest(self, name: str) -> str:
-        """Return the known module whose name is most like ``name``; empty if none is."""
-        digits = re.findall(r"\d+", name)
-        alike = [path for path in self._target.modules if re.findall(r"\d+", path) == digits]
-        return next(iter(difflib.get_close_matches(name, alike, n=1, cutoff=0.0)), "")
-
     def _find(self, name: str) -> set[str]:
         if _UNDERSCORED.match(name):
             return self._find_underscored(_UNDERSCORED.sub("", name))
@@ -94,14 +88,21 @@ class Names:
         return self._underscored.get(name, set())
 
 
+def find_nearest(name: str, target: Target) -> str:
+    """Return the module whose name is most like ``name``, of those with the same numbers; else empty."""
+    digits = re.findall(r"\d+", name)
+    alike = [path for path in target.modules if re.findall(r"\d+", path) == digits]
+    return next(iter(difflib.get_close_matches(name, alike, n=1, cutoff=0.0)), "")
+
+
 def explain(name: str, target: Target) -> str:
     """Return what to do about a module of an unknown name, as a phrase."""
     if any(part in _MEGATRON for part in name.split(".")):
         return (
-            "it is a name of Megatron-LM, whose row order the file does not say: export the adapter in "
-            "Hugging Face's names, as Megatron-Bridge does"
+            "this is a name of Megatron-LM, and the file does not give its row order: export the adapter "
+            "under Hugging Face's names, as Megatron-Bridge does"
         )
-    nearest = Names(target).nearest(name)
+    nearest = find_nearest(name, target)
     return f"the nearest module of this model is {nearest}" if nearest else ""
 
 

@@ -24,7 +24,7 @@ from vllm_nway_lora.adapters.target import LayoutError
 OUTER, INNER = "", "base_layer"
 
 #: adapter_config.json: ``"vllm_nway_lora": {"expert_lora_b": "expert-major"}`` says that B's columns are
-#: ordered by expert. Nothing else in a file tells: unsloth-zoo before 1269 and the packed experts of
+#: ordered by expert. Nothing else in a file tells: unsloth-zoo before pull request 1269 and the packed experts of
 #: Megatron-Bridge 067f987 write so.
 SETTINGS, ORDER, BY_RANK, BY_EXPERT = (
     "vllm_nway_lora",
@@ -99,7 +99,8 @@ def read_nested(pairs: Mapping[str, Given], mixture: Mixture, config: Mapping[st
 
 def _read_order(config: Mapping[str, Any]) -> str:
     settings = config.get(SETTINGS) or {}
-    order = settings.get(ORDER, BY_RANK) if isinstance(settings, Mapping) else settings
+    is_known = isinstance(settings, Mapping) and settings.keys() <= {ORDER}
+    order = settings.get(ORDER, BY_RANK) if is_known else None
     if order not in (BY_RANK, BY_EXPERT):
         raise LayoutError(
             f"adapter_config.json has {SETTINGS}={settings!r}: expected "
@@ -217,7 +218,10 @@ def _find_orientation(
     kind, (suffix, stack) = next(iter(stacks.items()))
     name = mixture.place(suffix)
     if by_shape:
-        raise LayoutError(f"{name}: columns and rows are swapped in one of its two parameters only")
+        raise LayoutError(
+            f"{name}: columns and rows are swapped in one of its two parameters only. "
+            "Save the adapter again with one release of PEFT"
+        )
     is_new = _is_new(config.get("peft_version"))
     possible = set(mixture.swaps if is_new is None else [mixture.swaps[is_new]])
     if len(possible) == 1 and None not in possible:

@@ -59,8 +59,7 @@ def _read(manager: Any) -> Target:
             rows[module], columns[module] = height, width
         if path not in modules and all(height for _, height in shapes):
             fused[path] = tuple(modules)
-        for module, places in _outputs(layer, modules).items():
-            outputs[module] = places
+        outputs |= _outputs(layer, modules)
     # A class can leave an entry out of its instance's mapping because LoRA is on (Qwen3.5, 0.18 to 0.20).
     declared = getattr(type(manager.model), "packed_modules_mapping", None) or {}
     for path in list(rows):
@@ -71,7 +70,7 @@ def _read(manager: Any) -> Target:
                 fused.setdefault(f"{parent}.{name}", of)
     parts = {}
     for module, places in outputs.items():
-        for name, (start, stop) in zip(part_names(module, len(places)), places, strict=False):
+        for name, (start, stop) in zip(_part_names(module, len(places)), places, strict=False):
             if name and name not in rows and rows.get(module) is not None:
                 parts[name] = Part(module, start, stop)
     layers = dict(manager.model.named_modules())
@@ -138,7 +137,7 @@ def _outputs(layer: Any, modules: Sequence[str]) -> dict[str, list[tuple[int, in
     return found
 
 
-def part_names(module: str, parts: int) -> list[str]:
+def _part_names(module: str, parts: int) -> list[str]:
     """Return the paths that modules of one output each would have in place of ``module``.
 
     They follow from its name: ``in_proj_qkv`` of 3 outputs has ``in_proj_q``, ``in_proj_k`` and
@@ -150,6 +149,7 @@ def part_names(module: str, parts: int) -> list[str]:
     if not names:
         words = name.split("_")
         for number, word in enumerate(words):
+            # Names such as Wqkv have the letters behind a W.
             head, letters = ("W", word[1:]) if word.startswith("W") else ("", word)
             if set(letters) <= _LETTERS and len(letters) == parts == len(set(letters)):
                 names = [

@@ -53,7 +53,7 @@ def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> 
         if path is None:
             advice = explain(get_origin(adapter).names.get(module, module), read_target(manager))
             found.faults.append(
-                f"module {module}: this model has no such layer{advice and f', {advice}'}"
+                f"module {module}: this model has no such layer{advice and f' ({advice})'}"
             )
         elif targets is not None and not any(
             name in targets or name.rpartition(".")[2] in targets for name in names

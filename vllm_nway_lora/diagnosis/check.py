@@ -22,6 +22,7 @@ from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
 
 from vllm_nway_lora.adapters.admission import translate_and_examine
+from vllm_nway_lora.adapters.errors import AdapterError
 from vllm_nway_lora.adapters.files import find_files
 from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
 from vllm_nway_lora.adapters.origin import get_origin
@@ -70,6 +71,7 @@ def check_adapter(
 
     Raises:
         FileNotFoundError: the adapter's folder lacks a file.
+        AdapterError: the files of its tensors are incomplete, or of a type that is not read.
     """
     config = json.loads(Path(adapter, "adapter_config.json").read_text())
     rank = max_lora_rank or _round_rank(_read_ranks(config))
@@ -196,6 +198,10 @@ def _check_rank(
             row.plugin.worsen(Outcome.REFUSED, "no layer of this model uses it")
         else:
             whole.worsen(Outcome.IGNORED, f"no LoRA layer uses {name}, and vLLM reports no error")
+    for name in rows.keys() - manager.modules.keys() if not plugin else ():
+        rows[name].stock.worsen(
+            Outcome.IGNORED, "vLLM has no LoRA layer there, and reports no error"
+        )
 
 
 def _find_refusal(layer: Any, weights_of: list[tuple[str, Any]]) -> str:
@@ -255,7 +261,15 @@ def _build_header(path: Path) -> tuple[bytes, int]:
     end = 0
     for name, tensor in torch.load(path, "meta", weights_only=True).items():
         start, end = end, end + tensor.nbytes
-        dtype = _DTYPES[tensor.dtype]
-        entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"tensor {name} in {path.name} is {tensor.dtype}, and check reads "
+                f"{', '.join(map(str, _DTYPES))}. Save the adapter in one of these types"
+            )
+        entries[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text, 8 + len(text) + end

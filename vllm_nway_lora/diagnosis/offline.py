@@ -80,7 +80,7 @@ class Rank:
             parallel_state._TP = real
 
     def wrap(self) -> None:
-        """Wrap the model with vLLM's LoRA manager. LoRA's tensors are on the CPU, those of experts nowhere."""
+        """Wrap the model with vLLM's LoRA manager. LoRA's tensors are on the CPU, those of experts on meta."""
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
         cpu = torch.device("cpu")

@@ -15,15 +15,12 @@ from vllm.lora.peft_helper import PEFTHelper
 import vllm_nway_lora
 from vllm_nway_lora.adapters.admission import format_refusal, translate_and_examine
 from vllm_nway_lora.adapters.errors import AdapterError
+from vllm_nway_lora.adapters.forms import PREFIX
 from vllm_nway_lora.adapters.origin import get_origin
+from vllm_nway_lora.adapters.variants import MAX_RANK
 from vllm_nway_lora.compat import registration
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.models.names import checkpoint_names, rename_mapper
-
-_PREFIX = "base_model.model."
-
-#: Above every rank that vLLM takes: the rank is not judged here.
-_MAX_RANK = 512
 
 
 class Translation(dict[str, torch.Tensor]):
@@ -50,13 +47,13 @@ def translate_tensors(
 ) -> Translation:
     """Implement :func:`vllm_nway_lora.translate`."""
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError("tensors: expected torch.Tensor for every name")
+        raise ValueError("tensors: give a torch.Tensor for every name")
     was_on = bool(registration.applied())
     vllm_nway_lora.register()
     if not registration.applied():
         raise RuntimeError("vllm-nway-lora is off in this process: see `vllm-nway-lora doctor`")
     try:
-        rank = offline.configure(model, 0, 1, max_lora_rank=_MAX_RANK, model_impl=model_impl)
+        rank = offline.configure(model, 0, 1, max_lora_rank=MAX_RANK, model_impl=model_impl)
         offline.build(rank)
         rank.wrap()
         with rank.current():
@@ -83,8 +80,8 @@ def _translate(
         raise AdapterError(format_refusal("The adapter", faults))
     origin = get_origin(adapter)
     rules = origin.rules
-    if not all(name.startswith(_PREFIX) for name in tensors):
-        rules += (f"{_PREFIX} put before every name",)
+    if not all(name.startswith(PREFIX) for name in tensors):
+        rules += (f"{PREFIX} put before every name",)
     if not rules:
         return Translation(tensors, dict(config), ())
     found: dict[str, torch.Tensor] = {}
@@ -95,7 +92,7 @@ def _translate(
         is_embedding = embeddings.get(path.rpartition(".")[2]) == "input_embeddings"
         ends = ("_embedding_A", "_embedding_B") if is_embedding else ("_A.weight", "_B.weight")
         for end, half in zip(ends, (weights.lora_a, weights.lora_b), strict=True):
-            found[f"{_PREFIX}{name}.lora{end}"] = half
+            found[f"{PREFIX}{name}.lora{end}"] = half
         names[name] = weights
     return Translation(found, _build_config(origin.config, names), rules)
 
@@ -106,13 +103,12 @@ def _build_config(config: Mapping[str, Any], names: Mapping[str, Any]) -> dict[s
     scaling = next(w.scaling for w in names.values() if w.rank == rank)
     built = {
         key: config[key]
-        for key in ("base_model_name_or_path", "target_parameters", "task_type")
+        for key in ("base_model_name_or_path", "task_type")
         if config.get(key) is not None
     }
     # PEFT reaches the parameters of stacked experts by their own setting.
-    is_stacked = any(name.endswith(".experts.base_layer") for name in names)
-    if is_stacked:
-        built.setdefault("target_parameters", ["experts.gate_up_proj", "experts.down_proj"])
+    if any(name.endswith(".experts.base_layer") for name in names):
+        built["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
     modules = [name for name in names if not re.search(r"\.experts(\.base_layer)?$", name)]
     built |= {
         "peft_type": "LORA",

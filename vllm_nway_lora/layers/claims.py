@@ -120,7 +120,10 @@ def _compare_experts(layer: Any, lora_layer: Any) -> None:
         )
         return
     if difference:
-        reason = f"vllm-nway-lora cannot serve LoRA on its experts: {difference}"
+        reason = (
+            f"vllm-nway-lora cannot serve LoRA on the experts of this model: {difference}. Train the "
+            "adapter without its experts"
+        )
         refuse(layer, mixture.kinds, reason)
         _log_once(logging.WARNING, f"{reason}. Adapters on them will be refused.")
 

@@ -40,11 +40,14 @@ def find_difference(lora_layer: Any, mixture: HeldExperts) -> str:
         if not torch.equal(grid.modules, modules.expand_as(grid.modules)) or not bool(
             ((found_experts == experts) | (modules < 0)).all()
         ):
-            return f"vLLM takes the rows {places} for others than its model loads on this rank"
+            return (
+                f"vLLM adds the rows {places} to other modules or experts than those that the model "
+                "loads there on this rank"
+            )
         if not bool((grid.rows == rows).all()):
-            return f"vLLM puts the rows {places} elsewhere than its model loads them on this rank"
+            return f"vLLM puts the rows {places} in other places than the model loads them on this rank"
         if not bool((grid.columns == columns).all()):
-            return f"vLLM multiplies other columns {places} than its model loads on this rank"
+            return f"vLLM multiplies LoRA-A {places} by other columns than the model loads on this rank"
     return ""
 
 
