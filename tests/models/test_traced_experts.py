@@ -134,10 +134,13 @@ def change(
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        (swap_gate_and_up, "takes the rows of the experts' gate_proj and up_proj for others"),
-        (reverse_experts, "takes the rows of the experts' gate_proj and up_proj for others"),
-        (reverse_columns, "multiplies other columns of the experts' down_proj"),
-        (reverse_rows_of_last, "puts the rows of the experts' gate_proj and up_proj elsewhere"),
+        (swap_gate_and_up, "adds the rows of the experts' gate_proj and up_proj to other modules"),
+        (reverse_experts, "adds the rows of the experts' gate_proj and up_proj to other modules"),
+        (reverse_columns, "multiplies LoRA-A of the experts' down_proj by other columns"),
+        (
+            reverse_rows_of_last,
+            "puts the rows of the experts' gate_proj and up_proj in other places",
+        ),
         (double, "changes the values of its experts' weights"),
     ],
 )
