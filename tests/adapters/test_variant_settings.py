@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import ANY_TIME
 from torch import nn
 
 from vllm_nway_lora.adapters.forms import PREFIX
 from vllm_nway_lora.adapters.variants import fold
-
-ANY_TIME = settings(
-    max_examples=10,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 @given(group=st.integers(1, 6), groups=st.integers(1, 6), rank=st.integers(1, 4))

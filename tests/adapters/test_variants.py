@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import manager, tiny
+from support.examples import ANY_TIME
 from support.ranks import Ranks
 from torch import nn
 
@@ -22,14 +23,6 @@ from vllm_nway_lora.adapters.forms import PREFIX, read_forms
 from vllm_nway_lora.adapters.variants import fold
 
 Tensors = dict[str, torch.Tensor]
-
-ANY_TIME = settings(
-    max_examples=10,
-    deadline=None,
-    database=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 
 
 class Model(nn.Module):

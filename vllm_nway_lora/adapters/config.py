@@ -119,12 +119,17 @@ def find_rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, 
     elif module.endswith(".experts"):
         module += ".down_proj"
     key = "alpha" if get_kind(config) in ("LOHA", "LOKR") else "lora_alpha"
-    rank = _find_pattern(config.get("rank_pattern"), module, config["r"])
-    alpha = _find_pattern(config.get("alpha_pattern"), module, config[key])
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    rank = find_pattern(config.get("rank_pattern"), module, config["r"])
+    alpha = find_pattern(config.get("alpha_pattern"), module, config[key])
+    return rank, find_scaling(alpha, rank, config)
 
 
-def _find_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def find_scaling(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    """Return PEFT's scaling: ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``use_rslora``."""
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def find_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first pattern for a module (``get_pattern_key``, peft/utils/other.py)."""
     return next(
         (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)),

@@ -12,13 +12,13 @@ One matrix can be apart and the other one stacked (Megatron-Bridge's shared oute
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
+from vllm_nway_lora.adapters.config import find_pattern
 from vllm_nway_lora.adapters.expert_types import Given, Mixture, Projection
 from vllm_nway_lora.adapters.target import LayoutError
 from vllm_nway_lora.rows.pairs import find_pair_fault, find_shape_fault
@@ -77,9 +77,8 @@ def find_values(patterns: str, default: str, config: Mapping[str, Any], key: str
     of transformers, and ``key`` is vLLM's.
     """
     values = config.get(patterns) or {}
-    for pattern, value in values.items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return [value]
+    if (value := find_pattern(values, key, None)) is not None:
+        return [value]
     usual = [config[default]] if default in config else []
     leaf = key.rpartition(".")[2]
     return usual + [value for pattern, value in values.items() if pattern.endswith(leaf)]
@@ -112,9 +111,9 @@ def read_kind(
                 f"{mixture.place(alone.module)}: it has LoRA-{given} but no LoRA-{missing}"
             )
     present = sorted(a.keys() & b.keys())
+    columns, rows = mixture.size(kind)
     for e in present:
         name = mixture.place(b[e].module)
-        columns, rows = mixture.size(kind)
         fault = find_pair_fault(a[e].tensor, b[e].tensor) or find_shape_fault(
             a[e].tensor, b[e].tensor, columns, rows
         )

@@ -9,13 +9,13 @@ experts)``, the expert fastest. Columns and rows are swapped in some releases (:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from packaging.version import InvalidVersion, Version
 
+from vllm_nway_lora.adapters.config import find_scaling
 from vllm_nway_lora.adapters.expert_readers import find_values
 from vllm_nway_lora.adapters.expert_types import Given, Mixture, Projection
 from vllm_nway_lora.adapters.target import LayoutError
@@ -47,20 +47,10 @@ class _Stack(NamedTuple):
         return self.a.shape[2], self.b.shape[1]
 
 
-class Nested(NamedTuple):
-    """What :func:`read_nested` has read.
-
-    Attributes:
-        projections: gate_up (or up) and down, as far as there.
-        changes: phrases on what differs from the layout that vLLM reads.
-    """
-
-    projections: dict[str, Projection]
-    changes: list[str]
-
-
-def read_nested(pairs: Mapping[str, Given], mixture: Mixture, config: Mapping[str, Any]) -> Nested:
-    """Return the projections of nested modules.
+def read_nested(
+    pairs: Mapping[str, Given], mixture: Mixture, config: Mapping[str, Any]
+) -> tuple[dict[str, Projection], list[str]]:
+    """Return the projections of nested modules, and phrases on what differs from vLLM's layout.
 
     Args:
         pairs: the module ``""``, ``"base_layer"`` or both.
@@ -94,7 +84,7 @@ def read_nested(pairs: Mapping[str, Given], mixture: Mixture, config: Mapping[st
     for kind, (_, stack) in stacks.items():
         a, b = (stack.b.mT, stack.a.mT) if is_swapped else (stack.a, stack.b)
         found[kind] = Projection(a.unbind(), b.unbind(), stack.scaling)
-    return Nested(found, list(changes))
+    return found, list(changes)
 
 
 def _read_order(config: Mapping[str, Any]) -> str:
@@ -199,9 +189,7 @@ def _scale(
     has_patterns = config.get("rank_pattern") or config.get("alpha_pattern")
     if not has_patterns or len(ranks) != 1 or len(alphas) != 1:
         return stack
-    return stack._replace(
-        scaling=alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    )
+    return stack._replace(scaling=find_scaling(alphas[0], rank, config))
 
 
 def _find_orientation(
