@@ -18,6 +18,9 @@ import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("NWAY_LORA_CACHE", Path.home() / ".cache" / "vllm-nway-lora"))
+# Hundreds of processes of the tests import vLLM, which takes twice the time without bytecode.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = str(CACHE / "bytecode")
 TEST_REQUIREMENTS = ["peft>=0.17", "pytest>=8", "hypothesis>=6.100"]
 LINT_REQUIREMENTS = [
     *("ruff==0.14.0", "mypy==1.18.2", "import-linter==2.17"),

@@ -1,4 +1,4 @@
-"""The command ``vllm-nway-lora``: the report of ``doctor``, exit statuses, wrong usage."""
+"""The command ``vllm-nway-lora doctor``: its report, its exit status, and who is named in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from support.processes import run_python
+
+from vllm_nway_lora.diagnosis import issue
 
 DOCTOR = """
 import sys
@@ -30,6 +32,9 @@ def test_doctor_reports_healthy_installation() -> None:
     assert report["healthy"]
     assert not report["warnings"]
     assert {patch["state"] for patch in report["patches"]} <= {"on", "not needed here"}
+    assert report["by_table"]["conv1d"].startswith("an entry for a layer without LoRA is dropped")
+    assert "VLLM_NWAY_LORA=1, patches: " in report["agreement"]["this process"]
+    assert "RankError" in report["agreement"]["if they differ"]
     assert len(report["selftest"]) == 16
     assert set(report["selftest"].values()) == {"exact"}
 
@@ -44,6 +49,28 @@ def test_doctor_reports_that_plugin_is_off() -> None:
     status, report = doctor(VLLM_NWAY_LORA="0")
     assert status == 1
     assert report["warnings"] == ["VLLM_NWAY_LORA=0: the plugin is off"]
+    assert report["environment"]["VLLM_NWAY_LORA"] == "0"
+    assert report["by_table"]
+    assert "self-test: not run" in report["issue"]
+
+
+def test_doctor_reports_invalid_setting() -> None:
+    status, report = doctor(VLLM_NWAY_LORA="yes")
+    assert status == 1
+    assert report["warnings"][-1].startswith("VLLM_NWAY_LORA='yes' is not a valid value")
+
+
+@pytest.mark.parametrize("error", ["ModuleNotFoundError('no vllm')", "OSError('libcudart.so')"])
+def test_doctor_without_vllm_says_so_on_one_line(tmp_path: Path, error: str) -> None:
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(f"raise {error}\n")
+    code = "import sys; from vllm_nway_lora.cli import main; sys.exit(main(sys.argv[1:]))"
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    done = run_python(code, "doctor", "--width", "2000", PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    [line] = done.stdout.splitlines()
+    assert line.startswith("! vLLM is not installed")
+    assert error.split("'")[1] in line
 
 
 def test_doctor_names_missing_attribute() -> None:
@@ -51,7 +78,9 @@ def test_doctor_names_missing_attribute() -> None:
         "import vllm.lora.model_manager as m; m.renamed = m.__dict__.pop('from_layer')"
     )
     assert status == 1
-    assert any("vllm.lora.model_manager.from_layer" in warning for warning in report["warnings"])
+    [warning] = report["warnings"]
+    assert warning.startswith("the plugin stands aside and leaves vLLM unchanged")
+    assert "vllm.lora.model_manager.from_layer" in warning
     states = {patch["state"] for patch in report["patches"]}
     assert "aside" in states <= {"aside", "not needed here"}
 
@@ -120,12 +149,12 @@ def test_doctor_names_what_others_replace_afterwards(tmp_path: Path) -> None:
         "worker.LRUCacheWorkerLoRAManager.__init__ = replacement",
     )
     assert status == 1
-    states = {patch["name"]: patch["state"] for patch in report["patches"]}
-    assert states["packed-modules-mapping"] == states["admission"] == "replaced"
-    assert states["lora-layer-class-of-models"] == "on"
-    [wrapped] = [patch for patch in report["patches"] if patch["name"] == "-"]
-    assert wrapped["target"] == "vllm.lora.model_manager.from_layer"
-    assert wrapped["reason"] == f"by {other}"
+    patches = {patch["name"]: patch for patch in report["patches"]}
+    assert patches["packed-modules-mapping"]["state"] == "replaced"
+    assert patches["admission"]["state"] == "replaced"
+    wrapped = patches["lora-layer-class-of-models"]
+    assert wrapped["state"] == "wrapped"
+    assert wrapped["reason"] == f"vllm.lora.model_manager.from_layer is wrapped by {other}"
     mapping, admission = sorted(report["warnings"], reverse=True)
     assert mapping == (
         "patch packed-modules-mapping is not in place: "
@@ -135,14 +164,70 @@ def test_doctor_names_what_others_replace_afterwards(tmp_path: Path) -> None:
         "patch admission is not in place: "
         f"vllm.lora.worker_manager.LRUCacheWorkerLoRAManager.__init__ is replaced by {other}"
     )
+    assert f"{tmp_path}" not in report["issue"]
+    assert "another_plugin.py" in report["issue"]
 
 
-@pytest.mark.parametrize("command", ["check", "plan"])
-def test_missing_model_folder_is_wrong_usage(tmp_path: Path, command: str) -> None:
-    arguments = [command, str(tmp_path), *([str(tmp_path)] if command == "check" else [])]
-    done = run_python(
-        f"import sys; from vllm_nway_lora.cli import main; sys.exit(main({arguments!r}))"
+def test_doctor_names_wrappers_that_do_not_name_what_they_wrap(tmp_path: Path) -> None:
+    """They keep it in a closure, call it as their base class's, or derive from vLLM's class."""
+    status, report, other = doctor_beside(
+        tmp_path,
+        "vllm_nway_lora.register()",
+        "def plain(function):",
+        "    return lambda *args, **kwargs: function(*args, **kwargs)",
+        "manager.from_layer = plain(manager.from_layer)",
+        "init = worker.WorkerLoRAManager.__init__",
+        "worker.WorkerLoRAManager.__init__ = plain(init)",
+        "class Mine(manager.LRUCacheLoRAModelManager):",
+        "    def activate_adapter(self, lora_id):",
+        "        return super().activate_adapter(lora_id)",
+        "manager.LRUCacheLoRAModelManager = Mine",
     )
-    assert done.returncode == 2, done.stderr
-    assert "no local folder with config.json" in done.stderr
-    assert "hf download" in done.stderr
+    patches = {patch["name"]: patch for patch in report["patches"]}
+    for name in ("lora-layer-class-of-models", "admission", "failed-eviction"):
+        assert patches[name]["state"] == "wrapped", report["warnings"]
+        assert f"is wrapped by {other}" in patches[name]["reason"]
+    assert status == 0, report["warnings"]
+
+
+def test_doctor_names_replaced_class_and_layers(tmp_path: Path) -> None:
+    """A class under vLLM's name that is not vLLM's, an inherited method, and an added LoRA layer."""
+    status, report, other = doctor_beside(
+        tmp_path,
+        "import vllm.lora.utils as utils",
+        "from vllm.lora.layers import ColumnParallelLinearWithLoRA as Column",
+        "vllm_nway_lora.register()",
+        "class LRU:",
+        "    pass",
+        "worker.LRUCacheWorkerLoRAManager = LRU",
+        "Column.__mro__[1].apply = replacement",
+        "class Layer(Column):",
+        "    pass",
+        "utils._all_lora_classes = type(utils._all_lora_classes)(",
+        "    [*utils._all_lora_classes, Layer])",
+    )
+    assert status == 1
+    [warning] = report["warnings"]
+    assert warning == (
+        "patch admission is not in place: "
+        f"vllm.lora.worker_manager.LRUCacheWorkerLoRAManager is replaced by {other}"
+    )
+    rest = {patch["target"]: patch for patch in report["patches"] if patch["name"] == "-"}
+    apply = rest["vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA.apply"]
+    assert (apply["state"], apply["reason"]) == ("replaced", f"by {other}")
+    added = rest["vllm.lora.utils._all_lora_classes"]
+    assert (added["state"], added["reason"]) == ("added", f"Layer by {other}")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("by a.b (/home/me/x/a/b.py)", "by a.b (b.py)"),
+        ("see #36372 and vllm/lora/utils.py", "see #36372 and vllm/lora/utils.py"),
+        ("https://example.com/a/b", "https://example.com/a/b"),
+        (r"by a (C:\Users\me\a.py); '/opt/x/y/'", "by a (a.py); 'y'"),
+        ("~/private/z.py", "z.py"),
+    ],
+)
+def test_text_for_issue_has_no_folders(text: str, expected: str) -> None:
+    assert issue.remove_paths(text) == expected

@@ -11,6 +11,7 @@ from support.layouts import Model, checkpoint
 from support.models import import_classes, save_config
 
 from vllm_nway_lora.diagnosis.check import check_adapter
+from vllm_nway_lora.diagnosis.options import ServerOptions
 from vllm_nway_lora.diagnosis.report import Outcome
 
 #: As the configurations of published checkpoints have them.
@@ -43,5 +44,5 @@ def test_an_adapter_on_a_quantised_checkpoint_is_exact(
     save_config(tmp_path, {**model.config, "quantization_config": QUANTISED[kind]})
     import_classes(model.config)
     folder = checkpoint(model).save(tmp_path / "adapter")
-    report = check_adapter(str(tmp_path), str(folder), tensor_parallel_size=2)
+    report = check_adapter(str(tmp_path), str(folder), ServerOptions(tensor_parallel_size=2))
     assert report.plugin.outcome is Outcome.EXACT, report.plugin

@@ -16,7 +16,8 @@ from vllm.model_executor import custom_op
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 
 import vllm_nway_lora
-from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
+from vllm_nway_lora.diagnosis.offline import Rank, initialize
+from vllm_nway_lora.diagnosis.stand_ins import StandInGroup
 from vllm_nway_lora.layers import claims
 from vllm_nway_lora.layers.claims import plan_for
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA

@@ -12,7 +12,8 @@ from vllm.config import VllmConfig
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
+from vllm_nway_lora.diagnosis.offline import Rank, initialize
+from vllm_nway_lora.diagnosis.stand_ins import StandInGroup
 from vllm_nway_lora.layers.nway import NWayLinearWithLoRA
 from vllm_nway_lora.rows.notes import set_notes
 from vllm_nway_lora.rows.plan import Output, build_plan

@@ -22,7 +22,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 import vllm_nway_lora
 from vllm_nway_lora.compat import defects
-from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
+from vllm_nway_lora.diagnosis.offline import Rank, initialize
+from vllm_nway_lora.diagnosis.stand_ins import StandInGroup
 from vllm_nway_lora.layers.nway import LoRATensorError, NWayLinearWithLoRA
 from vllm_nway_lora.rows.held import Held
 from vllm_nway_lora.rows.notes import get_notes, set_notes

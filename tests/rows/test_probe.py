@@ -9,7 +9,8 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import QKVParallelLinear
 
-from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
+from vllm_nway_lora.diagnosis.offline import Rank, initialize
+from vllm_nway_lora.diagnosis.stand_ins import StandInGroup
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.probe import LoaderError, list_shards, read_outputs, read_whole
 

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.linear import LinearBase
 
 from support.mixtures import find_mixtures
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.diagnosis.options import ServerOptions
 from vllm_nway_lora.layers.classes import layer_classes
 from vllm_nway_lora.layers.traced_experts import find_difference
 from vllm_nway_lora.models import traced
@@ -31,11 +32,12 @@ def audit_rank(folder: str, number: int, size: int) -> Words:
 
     Layers that differ in the numbers of their paths only, and have the same words, are one line.
     """
-    rank = offline.configure(folder, number, size, max_lora_rank=MAX_RANK)
+    options = ServerOptions(tensor_parallel_size=size, max_lora_rank=MAX_RANK)
+    rank = offline.configure(folder, number, options)
     try:
         offline.build(rank)
     except NotImplementedError:  # its constructor reads a value
-        rank = offline.configure(folder, number, size, max_lora_rank=MAX_RANK)
+        rank = offline.configure(folder, number, options)
         offline.build(rank, "cpu")
     mixtures = find_mixtures(rank.model)
     layers = {

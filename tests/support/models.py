@@ -20,6 +20,7 @@ import torch
 
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.mixtures import without_kernels
+from vllm_nway_lora.diagnosis.options import ServerOptions
 
 MAX_LORAS = 4
 MAX_RANK = 8
@@ -49,10 +50,13 @@ class RankModel:
         self._rank = offline.configure(
             self._folder.name,
             rank,
-            size,
-            fully_sharded=fully_sharded,
-            max_lora_rank=MAX_RANK,
+            ServerOptions(
+                tensor_parallel_size=size,
+                fully_sharded_loras=fully_sharded,
+                max_lora_rank=MAX_RANK,
+            ),
             max_loras=MAX_LORAS,
+            dtype="float32",
         )
         offline.build(self._rank, "cpu")
         self.group, self.model = self._rank.group, self._rank.model

@@ -14,9 +14,11 @@ from vllm_nway_lora.diagnosis.report import Outcome
 _CODE = """
 import json, sys
 from vllm_nway_lora.diagnosis.check import check_adapter
+from vllm_nway_lora.diagnosis.options import ServerOptions
 
 model, adapters, options = json.loads(sys.argv[1])
-reports = {name: check_adapter(model, folder, **options) for name, folder in adapters.items()}
+options = ServerOptions(**options)
+reports = {name: check_adapter(model, folder, options) for name, folder in adapters.items()}
 sides = ("stock", "plugin")
 outcomes = {
     side: {name: getattr(report, side).outcome.value for name, report in reports.items()}
@@ -55,7 +57,7 @@ def predict_outcomes(
     """
     options = {
         "tensor_parallel_size": tensor_parallel_size,
-        "fully_sharded": "--fully-sharded-loras" in arguments,
+        "fully_sharded_loras": "--fully-sharded-loras" in arguments,
         "max_lora_rank": 16,
         "model_impl": "transformers" if "transformers" in arguments else "auto",
     }

@@ -45,10 +45,39 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
     """
     if getattr(adapter, _ADMITTED_BY, None) is manager:
         return
+    findings, refusal = decide(manager, adapter, label)
+    if refusal:
+        raise AdapterError(refusal)
+    for reason, modules in findings.left_out.items():
+        logger.warning("%s is served without %s: %s.", label, ", ".join(modules), reason)
+    if findings.unmatched:
+        logger.warning(
+            "%s is served without part of it, because %s=%s: %s.",
+            label,
+            settings.VARIABLE,
+            settings.Mode.LENIENT.value,
+            "; ".join(findings.unmatched),
+        )
+    if rules := get_origin(adapter).rules:
+        logger.info("%s is translated: %s.", label, "; ".join(rules))
+    logger.info("%s is served: %s.", label, findings.summarize())
+    setattr(adapter, _ADMITTED_BY, manager)
+
+
+def decide(manager: Any, adapter: Any, label: str) -> tuple[Findings, str]:
+    """Examine an adapter, and translate it if its layout needs it.
+
+    Args:
+        manager: as for :func:`admit`.
+        adapter: as for :func:`admit`.
+        label: as for :func:`admit`.
+
+    Returns:
+        The findings, and the message of the refusal; empty if the adapter is served.
+    """
     findings, fault = translate_and_examine(manager, adapter)
     if fault:
-        raise AdapterError(format_refusal(label, [fault]))
-    rules = get_origin(adapter).rules
+        return findings, format_refusal(label, [fault])
     is_lenient = settings.read_mode() is settings.Mode.LENIENT
     faults, advice = list(findings.faults), ""
     if findings.is_empty and not faults:
@@ -61,24 +90,11 @@ def admit(manager: Any, adapter: Any, label: str) -> None:
         )
     if faults or not is_lenient:
         faults += findings.unmatched
-    if faults:
-        if rules:
-            advice = f" It was translated: {'; '.join(rules)}.{advice}"
-        raise AdapterError(format_refusal(label, faults) + advice)
-    for reason, modules in findings.left_out.items():
-        logger.warning("%s is served without %s: %s.", label, ", ".join(modules), reason)
-    if findings.unmatched:
-        logger.warning(
-            "%s is served without part of it, because %s=%s: %s.",
-            label,
-            settings.VARIABLE,
-            settings.Mode.LENIENT.value,
-            "; ".join(findings.unmatched),
-        )
-    if rules:
-        logger.info("%s is translated: %s.", label, "; ".join(rules))
-    logger.info("%s is served: %s.", label, findings.summarize())
-    setattr(adapter, _ADMITTED_BY, manager)
+    if not faults:
+        return findings, ""
+    if rules := get_origin(adapter).rules:
+        advice = f" It was translated: {'; '.join(rules)}.{advice}"
+    return findings, format_refusal(label, faults) + advice
 
 
 def format_refusal(label: str, faults: Sequence[str]) -> str:

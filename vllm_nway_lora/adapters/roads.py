@@ -44,16 +44,26 @@ def load_adapter(worker_manager: Any, *args: Any, **kwargs: Any) -> Any:
     adapter = take_prepared(worker_manager, request)
     if adapter is not None:
         return adapter
-    label = f"LoRA adapter {request.lora_name!r} ({request.lora_path})"
+    label = format_label(request.lora_name, request.lora_path)
     try:
         with any_layout(worker_manager._adapter_manager):
             adapter = load(*args, **kwargs)
     except Exception as error:
-        # vLLM's own texts stay whole: its server recognises "not found" by them.
-        text = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
-        raise AdapterError(format_refusal(label, [text])) from error
+        raise AdapterError(format_failure(label, error)) from error
     admit(worker_manager._adapter_manager, adapter, label)
     return adapter
+
+
+def format_label(name: str, path: str) -> str:
+    """Return an adapter's name in messages."""
+    return f"LoRA adapter {name!r} ({path})"
+
+
+def format_failure(label: str, error: Exception) -> str:
+    """Return the message of an adapter that cannot be loaded."""
+    # vLLM's own texts stay whole: its server recognises "not found" by them.
+    text = str(error) if isinstance(error, AdapterError) else f"{type(error).__name__}: {error}"
+    return format_refusal(label, [text])
 
 
 @contextlib.contextmanager

@@ -7,9 +7,11 @@ plugin or without it. Its layers are therefore those of a worker of this vLLM.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,46 +19,29 @@ from typing import Any
 from unittest import mock
 
 import torch
+import vllm
 import vllm.platforms
+from pydantic import ValidationError
 from transformers import PretrainedConfig
-from vllm.config import CacheConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import (
+    CacheConfig,
+    ModelConfig,
+    ParallelConfig,
+    VllmConfig,
+    set_current_vllm_config,
+)
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
+from vllm.lora import model_manager
 from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models import ModelRegistry
 from vllm.plugins import load_general_plugins
-from vllm.triton_utils import triton
 
 from vllm_nway_lora.diagnosis.mixtures import without_kernels
-
-
-class StandInGroup:
-    """The part of a tensor-parallel group that layers use, for one simulated rank.
-
-    Attributes:
-        sent: the tensors that the rank has passed to gathers.
-        replies: the results of its next gathers. If empty, a gather returns the rank's own part for
-            every rank.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank_in_group = self.rank = self.local_rank = rank
-        self.world_size = size
-        self.ranks = list(range(size))
-        self.unique_name = f"stand-in:{rank}"
-        self.cpu_group = self.device_group = self.device_communicator = None
-        self.sent: list[torch.Tensor] = []
-        self.replies: list[torch.Tensor] = []
-
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """Return the next reply, or a tensor of its shape."""
-        self.sent.append(x.clone())
-        return self.replies.pop(0) if self.replies else torch.cat([x] * self.world_size, dim)
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x``: row-parallel layers are not examined."""
-        return x
+from vllm_nway_lora.diagnosis.options import ServerOptions, UsageError
+from vllm_nway_lora.diagnosis.stand_ins import StandInBudget, StandInGroup
+from vllm_nway_lora.diagnosis.without_gpu import without_gpu
 
 
 @dataclass
@@ -85,7 +70,8 @@ class Rank:
 
         cpu = torch.device("cpu")
         device = mock.patch("vllm.lora.layers.base_linear._get_lora_device", return_value=cpu)
-        with self.current(), device, without_kernels():
+        budget = mock.patch.object(model_manager, "MultiModalBudget", StandInBudget)
+        with self.current(), device, budget, without_kernels(), without_gpu("meta"):
             embeddings = getattr(self.model, "embedding_modules", {})
             self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
             self.worker_manager.create_lora_manager(self.model, self.vllm_config)
@@ -123,66 +109,109 @@ class Rank:
 def configure(
     model: str,
     rank: int,
-    size: int,
+    options: ServerOptions,
     *,
-    fully_sharded: bool = False,
-    max_lora_rank: int = 8,
     max_loras: int = 1,
-    model_impl: str = "auto",
+    dtype: str = "bfloat16",
 ) -> Rank:
     """Return a rank without its model.
 
     Args:
         model: a local folder with ``config.json``.
         rank: of the tensor-parallel group.
-        size: of the tensor-parallel group.
-        fully_sharded: ``--fully-sharded-loras``.
-        max_lora_rank: ``--max-lora-rank``.
+        options: the server's options.
         max_loras: ``--max-loras``.
-        model_impl: ``--model-impl``.
+        dtype: ``--dtype``; LoRA's own is float32.
+
+    Raises:
+        UsageError: vLLM does not accept the model's configuration or an option.
+        Exception: vLLM does not start with LoRA on this model.
     """
     initialize()
-    for architecture in (
-        json.loads(Path(model, "config.json").read_text()).get("architectures") or ()
-    ):
+    config = json.loads(Path(model, "config.json").read_text())
+    for architecture in config.get("architectures") or ():
         with suppress(Exception):  # vLLM raises it again, with the reason
             import_class(architecture)
-    vllm_config = VllmConfig(
-        model_config=ModelConfig(
+    try:
+        lora_config = _configure_lora(options, max_loras)
+        model_config = ModelConfig(
             model=model,
             tokenizer=model,
             skip_tokenizer_init=True,
-            model_impl=model_impl,
-            dtype="float32",
+            model_impl=options.model_impl,
+            trust_remote_code=options.trust_remote_code,
+            dtype=dtype,
             max_model_len=64,
             enforce_eager=True,
-            hf_overrides=_drop_quantisation,
-        ),
-        lora_config=LoRAConfig(
-            max_lora_rank=max_lora_rank,
-            max_loras=max_loras,
-            fully_sharded_loras=fully_sharded,
-            lora_dtype=torch.float32,
-        ),
-        # The command line's default for hybrid models. 0.24.0 raises on the class's own default.
-        cache_config=CacheConfig(enable_prefix_caching=False),
-    )
-    # Set afterwards: the configuration's validation would require that many devices.
-    vllm_config.parallel_config.tensor_parallel_size = size
+            hf_overrides=functools.partial(_override, options.hf_overrides or {}),
+        )
+        size = ParallelConfig()
+        # Set afterwards: the configuration's validation would require that many devices.
+        size.tensor_parallel_size = options.tensor_parallel_size
+        model_config.verify_with_parallel_config(size)
+    except Exception as error:
+        if find_platform_class(model):
+            raise
+        raise UsageError(f"vLLM {vllm.__version__}: {format_error(error)}") from error
+    # The CPU platform has the older model runner only, which refuses some models.
+    with mock.patch.object(VllmConfig, "_validate_v1_model_runner", create=True):
+        vllm_config = VllmConfig(
+            model_config=model_config,
+            lora_config=lora_config,
+            # The command line's default for hybrid models. 0.24.0 raises on the class's own default.
+            cache_config=CacheConfig(enable_prefix_caching=False),
+        )
+    vllm_config.parallel_config.tensor_parallel_size = options.tensor_parallel_size
     # vLLM 0.17 validates copies of the configuration and would require 4 GiB per rank.
     vllm_config.cache_config.swap_space = 0
-    return Rank(StandInGroup(rank, size), vllm_config)
+    return Rank(StandInGroup(rank, options.tensor_parallel_size), vllm_config)
 
 
-def _drop_quantisation(config: Any) -> Any:
-    """Remove the quantisation from a ``PretrainedConfig`` and its parts.
+def _configure_lora(options: ServerOptions, max_loras: int) -> LoRAConfig:
+    given = {
+        "target_modules": list(options.lora_target_modules or ()),
+        "enable_tower_connector_lora": options.enable_tower_connector_lora,
+        "enable_mixed_moe_lora_format": options.enable_mixed_moe_lora_format,
+    }
+    given = {name: value for name, value in given.items() if value}
+    for name in given.keys() - {of.name for of in dataclasses.fields(LoRAConfig)}:
+        option = "lora_target_modules" if name == "target_modules" else name
+        raise ValueError(f"this release has no --{option.replace('_', '-')}")
+    return LoRAConfig(
+        max_lora_rank=options.max_lora_rank or 8,
+        max_loras=max_loras,
+        fully_sharded_loras=options.fully_sharded_loras,
+        lora_dtype=torch.float32,
+        **given,
+    )
+
+
+def _override(settings: Mapping[str, Any], config: Any) -> Any:
+    """Apply the settings of ``--hf-overrides`` to a configuration, and remove its quantisation.
 
     A quantised weight has the rows and columns of a plain one, and its kernels need a GPU.
     """
+    for name, value in settings.items():
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig) and isinstance(value, Mapping):
+            _override(value, part)
+        else:
+            setattr(config, name, value)
     for part in (config, *vars(config).values()):
         if isinstance(part, PretrainedConfig) and hasattr(part, "quantization_config"):
             del part.quantization_config
     return config
+
+
+def format_error(error: Exception) -> str:
+    """Return an error's class and text on one line; of pydantic's errors, the texts of the faults."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    texts = [
+        ": ".join([*map(str, fault["loc"]), fault["msg"].removeprefix("Value error, ")])
+        for fault in error.errors()
+    ]
+    return " ".join("; ".join(texts).split())
 
 
 def import_class(architecture: str) -> Any:
@@ -200,6 +229,18 @@ def import_class(architecture: str) -> Any:
     return model_class
 
 
+def find_platform_class(model: str) -> str:
+    """Return the module of a model's class if it is for this machine's platform alone; else empty."""
+    config = json.loads(Path(model, "config.json").read_text())
+    platform = vllm.platforms.current_platform.device_type
+    for architecture in config.get("architectures") or ():
+        with suppress(Exception):
+            module = import_class(architecture).__module__
+            if {platform, "vl_stub"} & set(module.split(".")):
+                return f"{module}.{architecture}"
+    return ""
+
+
 def build(rank: Rank, device: str = "meta") -> None:
     """Build the model's class as vLLM does on this rank."""
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -207,13 +248,7 @@ def build(rank: Rank, device: str = "meta") -> None:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        # Some classes name the device themselves and compute on it in their constructor.
-        named = mock.patch.object(
-            vllm.platforms.current_platform, "current_device", return_value=device, create=True
-        )
-        # Older builds of Triton, and vLLM's stand-in for it, lack this function (OLMo hybrid).
-        allocator = mock.patch.object(triton, "set_allocator", create=True)
-        with rank.current(), torch.device(device), named, allocator:
+        with rank.current(), torch.device(device), without_gpu(device):
             rank.model = initialize_model(vllm_config=rank.vllm_config)
     finally:
         torch.set_default_dtype(default)

@@ -18,6 +18,8 @@ class Outcome(enum.Enum):
 
     #: The engine does not start.
     FAILS = "fails"
+    #: This machine cannot build the model, which says nothing of a GPU.
+    UNKNOWN = "cannot tell"
     #: The output differs from PEFT's, and vLLM reports no error.
     WRONG = "wrong"
     #: The base model answers under the adapter's name.
@@ -65,6 +67,8 @@ class Row:
         count: the number of layers that the row stands for.
         by_table: whether its rows were not traced, so that vLLM's and this package's tables place them.
         unservable: the reason why no LoRA layer can serve a module of the adapter; empty if one can.
+        is_fused: whether vLLM fuses its modules into one projection.
+        is_adaptable: whether PEFT adapts it when asked for all linear layers. It adapts no convolution.
     """
 
     layer: str
@@ -76,6 +80,22 @@ class Row:
     count: int = 1
     by_table: bool = False
     unservable: str = ""
+    is_fused: bool = False
+    is_adaptable: bool = True
+
+
+@dataclass
+class Cost:
+    """The cost of one adapter on one tensor-parallel rank.
+
+    Attributes:
+        slices: the number of LoRA-A and LoRA-B pairs that the kernels read per token, over all layers
+            but those of experts.
+        bytes_per_rank: the bytes of a slot per unit of ``--max-lora-rank``, at two bytes per number.
+    """
+
+    slices: int = 0
+    bytes_per_rank: int = 0
 
 
 @dataclass
@@ -83,8 +103,12 @@ class Report:
     """The rows, and the verdicts on the adapter as a whole, without and with the plugin.
 
     Attributes:
+        rows: one per kind of layer.
+        stock: the verdict on vLLM without the plugin: the worst of the rows that are adaptable.
+        plugin: the verdict on vLLM with the plugin. A refusal's reason is the server's whole message.
         rules: the translations of the adapter's layout with the plugin.
         left_out: reason -> modules that a server leaves out with a warning. Layer numbers are ``*``.
+        costs: ``stock`` and ``plugin`` -> the cost of an adapter on every module; only of ``plan``.
     """
 
     rows: list[Row]
@@ -92,6 +116,7 @@ class Report:
     plugin: Verdict
     rules: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
 
 
 def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> Report:
@@ -105,9 +130,10 @@ def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> R
     for plugin, verdict in verdicts.items():
         for row in folded:
             part = row.plugin if plugin else row.stock
-            verdict.worsen(part.outcome, part.reason)
-            if verdict.outcome is Outcome.FAILS:
-                part.worsen(Outcome.FAILS, verdict.reason)
+            if row.is_adaptable:
+                verdict.worsen(part.outcome, part.reason)
+            if verdict.outcome in (Outcome.FAILS, Outcome.UNKNOWN):
+                part.worsen(verdict.outcome, verdict.reason)
     return Report(folded, verdicts[False], verdicts[True])
 
 
@@ -123,7 +149,8 @@ def fold_rows(rows: Iterable[Row]) -> list[Row]:
         pattern = re.sub(r"\b\d+\b", "*", row.layer)
         modules = tuple(row.modules.items())
         outcomes = (row.stock.outcome, row.plugin.outcome)
-        key = (pattern, modules, row.rank, outcomes, row.by_table)
+        flags = (row.by_table, row.is_fused, row.is_adaptable)
+        key = (pattern, modules, row.rank, outcomes, flags)
         if key in folded:
             folded[key].count += 1
         else:

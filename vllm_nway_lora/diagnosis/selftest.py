@@ -19,7 +19,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 from vllm.utils import torch_utils
 
-from vllm_nway_lora.diagnosis.offline import Rank, StandInGroup, initialize
+from vllm_nway_lora.diagnosis.offline import Rank, initialize
+from vllm_nway_lora.diagnosis.stand_ins import StandInGroup
 
 _INPUT, _TOKENS, _RANK = 16, 4, 8
 

@@ -13,14 +13,17 @@ from vllm.model_executor.layers.linear import LinearBase
 
 import vllm_nway_lora
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.diagnosis.offline import format_error
+from vllm_nway_lora.diagnosis.options import ServerOptions, UsageError
 from vllm_nway_lora.diagnosis.report import Outcome, Verdict
+from vllm_nway_lora.layers.readers import find_readers
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import get_notes
 from vllm_nway_lora.rows.plan import FusionPlan
 
 
 def each_rank(
-    model: str, size: int, verdicts: Mapping[bool, Verdict], **options: Any
+    model: str, options: ServerOptions, verdicts: Mapping[bool, Verdict]
 ) -> Iterator[tuple[bool, offline.Rank]]:
     """Yield ``(plugin is on, rank)`` for every rank of both sides, its model wrapped for LoRA.
 
@@ -29,16 +32,28 @@ def each_rank(
 
     Args:
         model: a local folder with ``config.json``.
-        size: ``--tensor-parallel-size``.
+        options: the server's options.
         verdicts: True for the plugin, False for stock vLLM -> the verdict on the whole.
-        options: as for :func:`vllm_nway_lora.diagnosis.offline.configure`.
+
+    Raises:
+        UsageError: vLLM does not accept the model's configuration or an option.
     """
     for plugin, verdict in verdicts.items():
         _switch(plugin)
-        for number in range(size):
-            rank = offline.configure(model, number, size, **options)
+        for number in range(options.tensor_parallel_size):
+            try:
+                rank = offline.configure(model, number, options)
+            except UsageError:
+                raise
+            except Exception as error:
+                verdict.worsen(*_judge_failure(model, Outcome.FAILS, error))
+                continue
             try:
                 offline.build(rank)
+            except Exception as error:
+                verdict.worsen(*_judge_failure(model, Outcome.UNKNOWN, error))
+                continue
+            try:
                 rank.wrap()
                 rank.warm_up()
             except Exception as error:
@@ -123,15 +138,25 @@ def judge_stock_experts(
     return (Outcome.WRONG, faults[0]) if faults else (Outcome.EXACT, "")
 
 
+def find_bypassed(rank: offline.Rank) -> set[int]:
+    """Return the ids of the base layers whose weights the model uses past their LoRA layers."""
+    return {id(reader.layer) for reader in find_readers(rank.model, [rank.lora_manager])}
+
+
 def is_by_table(layer: Any) -> bool:
     """Return whether a linear layer's rows were not traced, given its LoRA layer."""
     base = getattr(layer, "base_layer", None)
     return isinstance(base, LinearBase) and get_notes(base).traced is None
 
 
-def format_error(error: Exception) -> str:
-    """Return an error's class and text on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _judge_failure(model: str, outcome: Outcome, error: Exception) -> tuple[Outcome, str]:
+    """Return the outcome of a model that this machine's vLLM does not build, with the reason."""
+    text = format_error(error)
+    if own := offline.find_platform_class(model):
+        return Outcome.UNKNOWN, f"{own} is this platform's class, and a GPU has another: {text}"
+    if outcome is Outcome.UNKNOWN:
+        text = f"vLLM cannot build it on this machine: {text}"
+    return outcome, text
 
 
 def _switch(plugin: bool) -> None:

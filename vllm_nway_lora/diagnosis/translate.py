@@ -20,6 +20,7 @@ from vllm_nway_lora.adapters.origin import get_origin
 from vllm_nway_lora.adapters.variants import MAX_RANK
 from vllm_nway_lora.compat import registration
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.diagnosis.options import ServerOptions
 from vllm_nway_lora.models.names import checkpoint_names, rename_mapper
 
 
@@ -53,7 +54,9 @@ def translate_tensors(
     if not registration.applied():
         raise RuntimeError("vllm-nway-lora is off in this process: see `vllm-nway-lora doctor`")
     try:
-        rank = offline.configure(model, 0, 1, max_lora_rank=MAX_RANK, model_impl=model_impl)
+        rank = offline.configure(
+            model, 0, ServerOptions(max_lora_rank=MAX_RANK, model_impl=model_impl)
+        )
         offline.build(rank)
         rank.wrap()
         with rank.current():
