@@ -48,7 +48,7 @@ def load(name: str) -> dict[str, Any]:
 def machines() -> str:
     """Return the table of machines and versions, one line per result."""
     keys = ("date", "cpu", "cores", "threads", "clock", "load_before", "vllm", "torch")
-    found = ((name, load(name)["machine"]) for name in ("layers", "startup", "engine"))
+    found = ((name, load(name)["machine"]) for name in ("layers", "startup", "engine", "gpu"))
     rows = ((name, *(str(m.get(key) or "") for key in keys)) for name, m in found if m)
     return _table(("result", *keys), rows)
 
@@ -227,6 +227,27 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
+def gpu() -> str:
+    """Return the table of the LoRA part on a GPU: microseconds, and the plugin's time / stock's."""
+    rows = []
+    for row in load("gpu")["rows"]:
+        times, ratios = row["us"], row["ratio"]
+        rows.append(
+            (
+                row["model"],
+                row["layer"],
+                f"{row['slices']['stock']} → {row['slices']['plugin']}",
+                *(str(row[key]) for key in ("rank", "tokens", "adapters")),
+                *(f"{times[key]:.0f}" for key in ("base", "lora stock", "lora plugin")),
+                f"{ratios['lora']:.2f}",
+                f"{ratios['layer']:.2f}",
+            )
+        )
+    return _table(
+        ("model", "layer", "slices", "r", "tokens", "adapters", "base, µs", "stock, µs",
+         "plugin, µs", "plugin / stock", "whole layer, plugin / stock"), rows)  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "machines": machines,
     "layers": layers,
@@ -234,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loads": loads,
     "startup": startup,
     "engine": engine,
+    "gpu": gpu,
 }
 PLOTS: dict[str, Callable[[], str]] = {"layers.svg": draw_layers, "engine.svg": draw_engine}
 

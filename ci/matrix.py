@@ -128,17 +128,16 @@ def run_release(release: str, only: Sequence[str] | None, again: bool) -> bool:
 def run_suites(release: str, python: Path, todo: Sequence[str]) -> Iterator[tuple[str, Counts]]:
     """Run suites and yield their figures.
 
-    Our own suites share one process, which saves further imports of vLLM.
+    ``peers`` runs vLLM's own tests.
     """
     log = environment.CACHE / "logs" / release / f"{'-'.join(todo)}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment.say(f"{release}: running {' '.join(todo)} (log: {log})")
-    ours = {s: environment.matrix()["suites"]["paths"][s] for s in todo if s != "peers"}
-    if ours:
-        arguments = [argument for paths in ours.values() for argument in paths]
-        report = runner.run_pytest(release, python, arguments, log)
-        for suite, paths in ours.items():
-            yield suite, runner.count(report, paths)
+    for names in runner.split([suite for suite in todo if suite != "peers"]):
+        own_log = log.with_name(f"{'-'.join(names)}.log")
+        report = runner.run_pytest(release, python, runner.paths(names), own_log)
+        for suite in names:
+            yield suite, runner.count(report, runner.paths([suite]) if len(names) > 1 else ())
     if "peers" in todo:
         yield "peers", peers.run(release, python, log)
 

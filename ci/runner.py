@@ -44,6 +44,19 @@ def run_pytest(
     return report
 
 
+def split(suites: Sequence[str]) -> list[list[str]]:
+    """Return the suites by process: most share one, which saves further imports of vLLM."""
+    alone = environment.matrix()["suites"]["alone"]
+    shared = [suite for suite in suites if suite not in alone]
+    return [*([shared] if shared else []), *([suite] for suite in suites if suite in alone)]
+
+
+def paths(suites: Sequence[str]) -> list[str]:
+    """Return the arguments of pytest for some suites."""
+    of = environment.matrix()["suites"]["paths"]
+    return [argument for suite in suites for argument in of[suite]]
+
+
 def count(report: Path, paths: Sequence[str] = ()) -> dict[str, int]:
     """Return how many tests below ``paths`` passed, failed (including errors) and were skipped.
 

@@ -33,10 +33,14 @@ def main() -> int:
         f"tests/end_to_end/{name}.py" for name in ("test_release", "test_release_stock")
     ]
     engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
+    engines += ["tests/moe/test_engine.py", "tests/quantised/test_engine.py"]
     with ThreadPoolExecutor() as pool:
         # In parallel with the engines: an engine that starts leaves a core idle.
         rest = pool.submit(run_suites, python)
-        passed = run_default(python, ["tests/test_readme.py", "tests/test_structure.py", *engines])
+        passed = run_default(
+            python,
+            ["tests/test_readme.py", "tests/test_docs.py", "tests/test_structure.py", *engines],
+        )
         passed = rest.result() and passed
     return 0 if passed else 1
 
@@ -63,16 +67,18 @@ def run_suites(default: Path) -> bool:
     for release, suites in environment.matrix()["eras"].items():
         is_default = release == environment.matrix()["default"]
         python = default if is_default else environment.release_environment(release)
-        log = environment.CACHE / "logs" / f"{release}.log"
-        log.parent.mkdir(exist_ok=True)
-        paths = [
-            path for suite in suites for path in environment.matrix()["suites"]["paths"][suite]
-        ]
-        counts = runner.count(runner.run_pytest(release, python, paths, log))
-        environment.say(f"vLLM {release}: {counts['passed']} passed, {counts['failed']} failed")
-        if counts["failed"] or not counts["passed"]:
-            print(log.read_text())
-            passed = False
+        folder = environment.CACHE / "logs"
+        folder.mkdir(exist_ok=True)
+        for names in runner.split(suites):
+            log = folder / f"{release}-{names[0]}.log"
+            counts = runner.count(runner.run_pytest(release, python, runner.paths(names), log))
+            environment.say(
+                f"vLLM {release}, {', '.join(names)}: {counts['passed']} passed, "
+                f"{counts['failed']} failed"
+            )
+            if counts["failed"] or not counts["passed"]:
+                print(log.read_text())
+                passed = False
     return passed
 
 

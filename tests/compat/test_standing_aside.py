@@ -170,7 +170,9 @@ def test_untested_release_that_lacks_a_need_is_left_unchanged(
     assert line.startswith(f"{prefix}vLLM {UNTESTED} lacks {words}")
     assert not is_applied()
     vllm_nway_lora.unregister()
-    with pytest.raises(RuntimeError, match="VLLM_NWAY_LORA=strict: vllm-nway-lora cannot be on") as error:
+    with pytest.raises(
+        RuntimeError, match="VLLM_NWAY_LORA=strict: vllm-nway-lora cannot be on"
+    ) as error:
         register(UNTESTED, "strict")
     assert line.removeprefix(prefix) in str(error.value)
     assert not is_applied()

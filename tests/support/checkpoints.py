@@ -47,6 +47,38 @@ def save_qwen3_5(folder: Path, **sizes: Any) -> Path:
     return _save(Qwen3_5ForCausalLM, config, folder)
 
 
+# In bfloat16, rounding would choose other experts, so each token has all of them.
+_MIXTURE: dict[str, Any] = {
+    **{key: value for key, value in _GDN.items() if key != "intermediate_size"},
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+
+
+def save_qwen3_5_moe(folder: Path) -> Path:
+    """Save a tiny Qwen3.5-MoE text model, with a shared expert in each layer."""
+    from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+    return _save(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig(**_MIXTURE), folder)
+
+
+def save_qwen3_5_moe_multimodal(folder: Path) -> Path:
+    """Save the same text model below the class of the published checkpoints, with a vision tower."""
+    from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
+
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": _MIXTURE["hidden_size"],
+    }
+    config = Qwen3_5MoeConfig(text_config=_MIXTURE, vision_config=vision)
+    return _save(Qwen3_5MoeForConditionalGeneration, config, folder)
+
+
 def save_fused_llama(folder: Path) -> Path:
     """Save the two-layer model of ``fused_llama``, which the CPU build of every release can run."""
     from transformers import LlamaConfig
@@ -78,25 +110,45 @@ def save_qwen3_next(folder: Path) -> Path:
     return _save(Qwen3NextForCausalLM, config, folder)
 
 
-def save_granite_hybrid(folder: Path) -> Path:
-    """Save a Granite 4 hybrid: two Mamba2 layers with one group, one attention layer, no experts."""
+def save_granite_hybrid(folder: Path, **sizes: Any) -> Path:
+    """Save a Granite 4 hybrid: two Mamba2 layers with one group, one attention layer, no experts.
+
+    ``sizes`` replaces fields of its configuration.
+    """
     from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
-    config = GraniteMoeHybridConfig(
+    fields: dict[str, Any] = {
         **_SMALL,
-        layer_types=["mamba", "mamba", "attention"],
-        mamba_n_heads=4,
-        mamba_d_head=64,
-        mamba_d_state=64,
-        mamba_n_groups=1,
-        mamba_expand=2,
-        mamba_chunk_size=64,
-        num_local_experts=0,
-        shared_intermediate_size=256,
-        attention_multiplier=1 / 8,
-        position_embedding_type="rope",
-    )
+        "layer_types": ["mamba", "mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 64,
+        "mamba_d_state": 64,
+        "mamba_n_groups": 1,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 64,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 256,
+        "attention_multiplier": 1 / 8,
+        "position_embedding_type": "rope",
+    }
+    config = GraniteMoeHybridConfig(**fields | sizes)
     return _save(GraniteMoeHybridForCausalLM, config, folder)
+
+
+def save_falcon_h1(folder: Path) -> Path:
+    """Save a Falcon-H1: two layers of Mamba2, with two groups, beside attention."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    config = FalconH1Config(
+        **_SMALL | {"num_hidden_layers": 2},
+        mamba_d_ssm=1024,
+        mamba_n_heads=64,
+        mamba_d_head=16,
+        mamba_d_state=64,
+        mamba_n_groups=2,
+        mamba_chunk_size=64,
+    )
+    return _save(FalconH1ForCausalLM, config, folder)
 
 
 def save_lfm2(folder: Path) -> Path:

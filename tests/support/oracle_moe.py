@@ -52,27 +52,44 @@ def _apply(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Any,
+    global_num_experts: int,
+    expert_map: torch.Tensor | None,
     *_: Any,
     apply_router_weight_on_input: bool = False,
     **__: Any,
 ) -> None:
+    from vllm.distributed import (
+        tensor_model_parallel_all_gather,
+        tensor_model_parallel_all_reduce,
+    )
+
     assert activation.value == "silu", activation
     context = self._lora_context
     tokens, ids = len(topk_ids), topk_ids.long()
+    if expert_map is not None:  # expert parallel: -1 is an expert of another rank
+        ids = expert_map.long()[ids]
+        topk_weights = topk_weights.masked_fill(ids < 0, 0)
+        ids = ids.clamp(min=0)
     slots = _slots(context, tokens)
     x = hidden_states.float()[:, None].expand(-1, ids.shape[1], -1)
     gate_up = torch.einsum("tkh,tkih->tki", x, w1[ids].float())
     down_lora = None
     if slots is not None:
         pairs = zip(context.w13_lora_a_stacked, context.w13_lora_b_stacked, strict=True)
-        gate_up += torch.cat([_product(x, a, b, slots, ids) for a, b in pairs], -1)
+        rank_is_split = context.fully_sharded and context.tp_size > 1
+        gather = tensor_model_parallel_all_gather if rank_is_split else None
+        gate_up += torch.cat([_product(x, a, b, slots, ids, gather) for a, b in pairs], -1)
         [down_lora] = zip(context.w2_lora_a_stacked, context.w2_lora_b_stacked, strict=True)
     gate_up = gate_up.to(hidden_states.dtype).float()
     gate, up = gate_up.chunk(2, -1)
     hidden = (silu(gate) * up).to(hidden_states.dtype).float()
     down = torch.einsum("tki,tkhi->tkh", hidden, w2[ids].float())
     if down_lora is not None:
-        down += _product(hidden, *down_lora, slots, ids)
+        reduce = tensor_model_parallel_all_reduce if rank_is_split else None
+        added = _product(hidden, *down_lora, slots, ids, reduce)
+        # Fully sharded: this rank has its own rows of LoRA-B. The ranks' outputs are added afterwards.
+        first = added.shape[-1] * context.tp_rank if rank_is_split else 0
+        down[..., first : first + added.shape[-1]] += added
     scores = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
     output.copy_((down * scores[..., None].float()).sum(1).to(output.dtype))
 
@@ -89,11 +106,17 @@ def _slots(context: Any, tokens: int) -> torch.Tensor | None:
 
 
 def _product(
-    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor, ids: torch.Tensor
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    slots: torch.Tensor,
+    ids: torch.Tensor,
+    collect: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
-    """Return B A x of each token's slot and experts."""
+    """Return B A x of each token's slot and experts; ``collect`` makes A x of the ranks' parts."""
     slot = slots.clamp(min=0)[:, None]
     # One tensor for all experts has one row there.
     a, b = (t[slot, ids.clamp(max=t.shape[1] - 1)].float() for t in (a, b))
-    y = torch.einsum("tkor,tkr->tko", b, torch.einsum("tkrh,tkh->tkr", a, x))
+    shrunk = torch.einsum("tkrh,tkh->tkr", a, x)
+    y = torch.einsum("tkor,tkr->tko", b, collect(shrunk) if collect else shrunk)
     return torch.where((slots >= 0)[:, None, None], y, 0.0)
