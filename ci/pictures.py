@@ -1,39 +1,34 @@
-"""Draw the README's pictures of the command: ``python3 ci/pictures.py``."""
+"""Draw the README's pictures of the command, at the shapes of published models: ``python3 ci/pictures.py``."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
 import environment
 
-#: Code that saves two tiny models' configurations and an adapter for each. The pictures show the
-#: names of the folders.
-_SAVE_FILES = """
-import json, sys
+#: Code that saves an adapter of rank 8 on the gated delta nets' ``in_proj_z`` of Qwen3.5-9B.
+_SAVE_ADAPTER = """
+import json
 from pathlib import Path
 import torch
-from support.families import FAMILIES
 from support.verdicts import save_adapter
-for start, folder in (("Qwen3.5", "Qwen3.5"), ("Granite 4 hybrid, 1", "granite-4-h")):
-    family = next(family for family in FAMILIES if family.name.startswith(start))
-    model, adapter = Path(folder), Path(f"{folder}-adapter")
-    model.mkdir(exist_ok=True)
-    adapter.mkdir(exist_ok=True)
-    (model / "config.json").write_text(json.dumps(family.config))
-    pairs = {
-        module: (torch.zeros(8, fused.columns), torch.zeros(rows, 8))
-        for fused in family.fused
-        for module, rows in list(fused.modules.items())[-1:]
-    }
-    save_adapter(adapter, pairs)
+text = json.loads(Path("Qwen3.5-9B/config.json").read_text())["text_config"]
+rows = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+shapes = (8, text["hidden_size"]), (rows, 8)
+layers = [n for n, kind in enumerate(text["layer_types"]) if kind == "linear_attention"]
+Path("my-adapter").mkdir(exist_ok=True)
+names = [f"model.language_model.layers.{n}.linear_attn.in_proj_z" for n in layers]
+save_adapter(Path("my-adapter"), {name: tuple(map(torch.zeros, shapes)) for name in names})
 """
-
+_MODELS = ("Qwen3.5-9B", "Granite-4.0-H-Micro")
 PICTURES = {
     "doctor": ("doctor",),
-    "check": ("check", "Qwen3.5", "Qwen3.5-adapter", "-tp", "2"),
-    "plan": ("plan", "granite-4-h", "-tp", "2"),
+    "check": ("check", "Qwen3.5-9B", "my-adapter", "-tp", "2"),
+    "plan": ("plan", "Granite-4.0-H-Micro", "-tp", "2"),
 }
 
 
@@ -41,18 +36,24 @@ def main() -> int:
     """Save every picture in ``docs/``; return 0."""
     python = environment.release_environment()
     docs = environment.ROOT / "docs"
-    docs.mkdir(exist_ok=True)
     work = environment.CACHE / "pictures"
-    work.mkdir(exist_ok=True)
+    for model in _MODELS:
+        (work / model).mkdir(parents=True, exist_ok=True)
+        source = environment.ROOT / "tests" / "published" / f"{model}.json"
+        shutil.copy(source, work / model / "config.json")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(environment.ROOT / "tests")}
-    subprocess.run([python, "-P", "-c", _SAVE_FILES], cwd=work, env=env, check=True)
+    subprocess.run([python, "-P", "-c", _SAVE_ADAPTER], cwd=work, env=env, check=True)
     env.pop("PYTHONPATH")
     for name, arguments in PICTURES.items():
         environment.say(f"drawing {name}")
+        picture = docs / f"{name}.svg"
         command = [str(python), "-P", "-m", "vllm_nway_lora", *arguments]
-        picture = ["--svg", str(docs / f"{name}.svg"), "--width", "110"]
         # A picture may show a problem, for which the command exits with 1: not an error here.
-        subprocess.run([*command, *picture], cwd=work, env=env, check=False)
+        options = ["--svg", str(picture), "--width", "96"]
+        subprocess.run([*command, *options], cwd=work, env=env, check=False)
+        # The page's own fixed-width font, not one that is fetched.
+        text = re.sub(r"@font-face \{.*?\}\s*", "", picture.read_text(), flags=re.DOTALL)
+        picture.write_text(text.replace("Fira Code, monospace", "monospace"))
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Write the README's tables from their data: ``python3 ci/readme.py``.
+"""Write the tables of the README and of ``docs`` from their data: ``python3 ci/readme.py``.
 
-A test fails if the README and the data differ. The families' data refers to objects of vLLM, so this
+A test fails if a page and the data differ. The families' data refers to objects of vLLM, so this
 script runs in the environment of the default release.
 """
 
@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import tomllib
 
@@ -43,8 +44,8 @@ def demo() -> str:
     """Return the table of the last saved results of ``ci/demo.py``."""
     rows = json.loads((RESULTS / "demo.json").read_text())
     return tables.table(
-        ("served model", "adapter on", "stock vLLM 0.32.0", "with the plugin"),
-        ((r["model"], r["adapter"], _mark(r["stock"]), r["plugin"]) for r in rows),
+        ("served model", "adapter on", "stock vLLM 0.32.0", "with the plugin", "base model"),
+        ((r["model"], r["adapter"], _mark(r["stock"]), r["plugin"], r["noise"]) for r in rows),
     )
 
 
@@ -81,22 +82,32 @@ def families() -> str:
     )
 
 
+#: Suites that run on the last releases only -> their headings.
+SINCE_0_2 = {
+    "check": "check",
+    "moe": "experts, engines",
+    "quantised_engines": "quantised bases",
+    "gpu_kernels": "GPU kernels",
+    "gpu_families": "families on GPU kernels",
+}
+
+
 def releases() -> str:
     """Return the table of releases, from the figures that ``ci/matrix.py`` has saved."""
     known = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["release"]
     rows = []
+    columns = ("unit", "layers", "engine", "stock", *SINCE_0_2)
     for release in known:
         path = RESULTS / f"{release}.json"
         if path.exists():
             result = json.loads(path.read_text())
-            figures = (
-                _figure(result["suites"].get(s)) for s in ("unit", "layers", "engine", "stock")
-            )
+            figures = (_figure(result["suites"].get(suite)) for suite in columns)
             peers = result["suites"].get("peers")
             own = f"{peers['passed_off']} → {_figure(peers)}" if peers else ""
             rows.append((release, result["torch"], result["python"], *figures, own))
-    suites = ("unit", "layers", "engine, TP=2", "stock's defects", "vLLM's own tests, off → on")
-    return tables.table(("vLLM", "torch", "Python", *suites), rows)
+    headings = ("unit", "layers", "engine, TP=2", "stock's defects", *SINCE_0_2.values())
+    own_tests = "vLLM's own tests, off → on"
+    return tables.table(("vLLM", "torch", "Python", *headings, own_tests), rows)
 
 
 def _figure(counts: dict[str, int] | None) -> str:
@@ -128,9 +139,9 @@ def defects() -> str:
 
 
 def _mark(verdict: str) -> str:
-    """Return a verdict in bold if it is not exact."""
+    """Return a verdict in bold if the adapter is not served as PEFT serves it."""
     outcome, colon, rest = verdict.partition(":")
-    return verdict if outcome == "exact" else f"**{outcome}**{colon}{rest}"
+    return verdict if outcome in ("exact", "matches") else f"**{outcome}**{colon}{rest}"
 
 
 def layouts() -> str:
@@ -168,13 +179,68 @@ def refusals() -> str:
     )
 
 
+def models() -> str:
+    """Return the table of published models, from the result that ``ci/published.py`` has saved."""
+    rows = [row for of in _published()["rows"].values() for row in of]
+    # Sizes with the same words share a line.
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        words = [_published_words(row, side) for side in ("stock", "plugin")]
+        parts = dict.fromkeys(
+            _part(module) for modules in row["left out"].values() for module in modules
+        )
+        left_out = ", ".join(f"`{part}`" for part in parts)
+        of_model = (row["model"], row["precision"], row["layers"])
+        lines.setdefault((*of_model, row["adapter"], *words, left_out), []).append(row)
+    cells = []
+    for key, of in lines.items():
+        figures = [", ".join(str(row[name]) for row in of) for name in ("seconds", "mib")]
+        worker = "same" if not any("fault" in row for row in of) else "**differs**"
+        sizes = ", ".join(str(row["tp"]) for row in of)
+        cells.append((*key[:3], sizes, *key[3:], worker, *figures))
+    headings = (
+        *("model", "precision", "layers", "TP", "adapter", "stock vLLM", "with the plugin"),
+        *("left out", "worker", "CPU s", "MiB"),
+    )
+    return tables.table(headings, cells)
+
+
+def models_summary() -> str:
+    """Return what the rows of published models say together."""
+    result = _published()
+    rows = [row for of in result["rows"].values() for row in of]
+    lines = [f"{len({row['model'] for row in rows})} configurations, {len(rows)} rows."]
+    for side, name in (("stock", "Stock vLLM"), ("plugin", "With the plugin")):
+        outcomes = [row[side] for row in rows]
+        counts = sorted({(-outcomes.count(outcome), outcome) for outcome in outcomes})
+        lines.append(f"{name}: {', '.join(f'{-count} {outcome}' for count, outcome in counts)}.")
+    same = sum("fault" not in row for row in rows)
+    lines.append(f"The worker has the words of `check` on {same} of {len(rows)} rows.")
+    return " ".join(lines) + "\n"
+
+
+def _published() -> dict[str, Any]:
+    release = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["default"]
+    found: dict[str, Any] = json.loads((RESULTS / f"published-{release}.json").read_text())
+    return found
+
+
+def _published_words(row: dict[str, Any], side: str) -> str:
+    reason = row[f"{side} reason"].replace("|", "\\|")
+    return _mark(f"{row[side]}: {reason}" if reason else row[side])
+
+
+def _part(module: str) -> str:
+    """Return the part of a model in which a module is."""
+    names = [name for name in module.split(".") if name != "model"]
+    return names[0]
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {
-        "demo": demo,
-        "families": families,
-        "releases": releases,
-        "defects": defects,
-    },
+    "README.md": {"demo": demo},
+    "docs/families.md": {"families": families},
+    "docs/releases.md": {"releases": releases, "defects": defects},
+    "docs/models.md": {"summary": models_summary, "models": models},
     "docs/layouts.md": {
         "layouts": layouts,
         "expert layouts": expert_layouts,

@@ -10,37 +10,53 @@ from pathlib import Path
 
 import environment
 import runner
+from progress import Progress
+
+#: ``--quick``: a part of every room, and one engine, on the default release.
+QUICK = (
+    "tests/compat/test_patching.py",
+    "tests/rows/test_plan.py",
+    "tests/models/test_tables.py",
+    "tests/layers/test_set_lora.py",
+    "tests/adapters/test_layouts.py",
+    "tests/adapters/test_names.py",
+    "tests/engine/test_requests.py",
+    "tests/diagnosis/test_usage.py",
+    "tests/end_to_end/test_release.py",
+)
 
 
 def main() -> int:
     """Lint, check types, run all tests on the default release and some suites on other releases.
 
-    With ``--lint``, only lint and check types. Other arguments are passed to pytest, which then runs
-    on the default release only. Return 0 if everything passed.
+    With ``--lint``, only lint and check types. With ``--quick``, run a part of the tests, on the default
+    release. Other arguments are passed to pytest, which then runs on the default release only. With
+    ``--durations``, save how long each suite took. Return 0 if everything passed.
     """
     lint = environment.lint_environment()
     environment.run(lint, "-m", "ruff", "check")
     environment.run(lint, "-m", "ruff", "format", "--check")
     environment.run(lint, "-m", "mypy")
     environment.run(lint.parent / "lint-imports")
-    if sys.argv[1:] == ["--lint"]:
+    arguments = sys.argv[1:]
+    if arguments == ["--lint"]:
         return 0
     python = environment.release_environment()
-    if sys.argv[1:]:
-        return 0 if run_default(python, sys.argv[1:]) else 1
+    if arguments == ["--quick"]:
+        arguments = [*QUICK, "-q"]
+    if arguments and arguments != ["--durations"]:
+        return 0 if run_default(python, arguments) else 1
     # ci/matrix.py runs these two, with one engine per release.
     one_per_release = [
         f"tests/end_to_end/{name}.py" for name in ("test_release", "test_release_stock")
     ]
     engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
     engines += ["tests/moe/test_engine.py", "tests/quantised/test_engine.py"]
+    pages = ["tests/test_readme.py", "tests/test_docs.py", "tests/test_structure.py"]
     with ThreadPoolExecutor() as pool:
         # In parallel with the engines: an engine that starts leaves a core idle.
-        rest = pool.submit(run_suites, python)
-        passed = run_default(
-            python,
-            ["tests/test_readme.py", "tests/test_docs.py", "tests/test_structure.py", *engines],
-        )
+        rest = pool.submit(run_suites, python, bool(arguments))
+        passed = run_default(python, [*pages, *engines])
         passed = rest.result() and passed
     return 0 if passed else 1
 
@@ -57,28 +73,37 @@ def run_default(python: Path, arguments: list[str]) -> bool:
     return status == 0
 
 
-def run_suites(default: Path) -> bool:
+def run_suites(default: Path, save: bool) -> bool:
     """Run the suites of ``eras`` in ci/matrix.toml; show the log of each release that fails.
 
     ``default`` is the Python of the default release. The engines use its environment at the
-    same time, so the wheel must not be installed in it again. Return whether everything passed.
+    same time, so the wheel must not be installed in it again. ``save``: write the durations. Return
+    whether everything passed.
     """
     passed = True
-    for release, suites in environment.matrix()["eras"].items():
+    eras = environment.matrix()["eras"]
+    runs = {
+        f"vLLM {release}, {', '.join(names)}": (release, names)
+        for release, suites in eras.items()
+        for names in runner.split(suites)
+    }
+    progress = Progress(list(runs))
+    folder = environment.CACHE / "logs"
+    folder.mkdir(exist_ok=True)
+    for label, (release, names) in runs.items():
+        environment.say(f"{label}: running")
         is_default = release == environment.matrix()["default"]
         python = default if is_default else environment.release_environment(release)
-        folder = environment.CACHE / "logs"
-        folder.mkdir(exist_ok=True)
-        for names in runner.split(suites):
-            log = folder / f"{release}-{names[0]}.log"
-            counts = runner.count(runner.run_pytest(release, python, runner.paths(names), log))
-            environment.say(
-                f"vLLM {release}, {', '.join(names)}: {counts['passed']} passed, "
-                f"{counts['failed']} failed"
-            )
-            if counts["failed"] or not counts["passed"]:
-                print(log.read_text())
-                passed = False
+        log = folder / f"{release}-{names[0]}.log"
+        counts = runner.count(runner.run_pytest(release, python, runner.paths(names), log))
+        environment.say(
+            f"{label}: {counts['passed']} passed, {counts['failed']} failed, {progress.finish(label)}"
+        )
+        if counts["failed"] or not counts["passed"]:
+            print(log.read_text())
+            passed = False
+    if save and passed:
+        progress.save()
     return passed
 
 

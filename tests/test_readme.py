@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import tomllib
 
@@ -57,3 +58,16 @@ def test_tested_releases_have_passed() -> None:
         if suites.get("layers", {}).get("passed"):
             passed.add(release)
     assert set(TESTED) == passed
+
+
+def test_the_time_left_follows_the_speed_of_this_machine(tmp_path: Path) -> None:
+    progress = script("ci/progress.py")
+    path = tmp_path / "durations.json"
+    path.write_text(json.dumps({"a": 10, "b": 300}))
+    clock = iter([0.0, 20.0, 620.0])
+    with mock.patch.object(progress.time, "monotonic", lambda: next(clock)):
+        run = progress.Progress(["a", "b"], path)
+        assert run.finish("a") == "in 20 s, about 10 min left"
+        assert run.finish("b") == "in 10 min"
+    run.save()
+    assert json.loads(path.read_text()) == {"a": 20, "b": 600}

@@ -77,8 +77,18 @@ def _run(options: argparse.Namespace) -> int:
         _silence()
     status: int = options.run(options, console)
     if options.svg:
-        console.save_svg(options.svg, title=f"vllm-nway-lora {options.command}")
+        console.save_svg(options.svg, title=_title(options))
     return status
+
+
+def _title(options: argparse.Namespace) -> str:
+    """Return the command that a picture shows."""
+    words = ["vllm-nway-lora", options.command]
+    if options.command != "doctor":
+        words += [options.model, *([options.adapter] if options.command == "check" else [])]
+        if options.tensor_parallel_size > 1:
+            words += ["-tp", str(options.tensor_parallel_size)]
+    return " ".join(words)
 
 
 def _parser() -> _Parser:

@@ -94,7 +94,7 @@ def _read(manager: Any) -> Target:
         frozenset(mixtures),
         absent,
         frozenset(unwrapped - rows.keys() - fused.keys() - parts.keys()),
-        _read_aliases(manager.model, [*rows, *fused, *mixtures]),
+        _read_aliases(manager.model, [*rows, *fused, *mixtures, *sorted(unwrapped)]),
     )
 
 

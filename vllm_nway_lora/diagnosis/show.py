@@ -108,21 +108,21 @@ def _show_rows(rows: list[Row], console: Console) -> None:
 
 def _cells(row: Row) -> list[Text]:
     modules = [
-        Text(module, "dim") if rows is None else Text(f"{module} ({rows})")
+        Text(f"{module} ({rows})") if rows is not None else Text(module, "dim" if row.rank else "")
         for module, rows in row.modules.items()
     ]
-    layer = _break_at_dots(row.layer) + (f" x{row.count}" if row.count > 1 else "")
+    layer = break_path(row.layer, _LAYER) + (f" x{row.count}" if row.count > 1 else "")
     outcomes = [_styled(side.outcome) for side in (row.stock, row.plugin)]
     if row.by_table:
         outcomes[1].append("\nby table")
     return [Text(layer), Text("\n").join(modules), Text(str(row.rank or "")), *outcomes]
 
 
-def _break_at_dots(path: str) -> str:
-    """Break a module's path into lines, so that no table breaks it within a name."""
+def break_path(path: str, width: int) -> str:
+    """Break a dotted path into lines of at most ``width``, so that no table breaks it within a name."""
     lines = [""]
     for part in path.replace(".", ".\0").split("\0"):
-        if lines[-1] and len(lines[-1]) + len(part) > _LAYER:
+        if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)

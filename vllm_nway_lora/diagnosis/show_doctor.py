@@ -9,6 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_nway_lora.diagnosis.show import break_path
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,7 +31,7 @@ def show(report: Report, console: Console) -> None:
     )
     if report.patches:
         rows = [
-            (patch.name, patch.target.removeprefix("vllm."), _describe(patch))
+            (patch.name, break_path(patch.target.removeprefix("vllm."), 32), _describe(patch))
             for patch in report.patches
         ]
         console.print(_build_table(("patch", "on vLLM's", "state"), rows))

@@ -61,6 +61,8 @@ def each_rank(
                 continue
             with rank.current():
                 yield plugin, rank
+            # The next rank needs the memory. The caller still holds this one.
+            rank.model = rank.worker_manager = None
     _switch(False)
 
 

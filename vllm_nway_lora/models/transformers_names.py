@@ -7,10 +7,14 @@ transformers knows the difference (``transformers/conversion_mapping.py``, 5.0 a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm.config import get_current_vllm_config_or_none
+
+#: The names that multimodal classes of transformers give to parts with classes of their own.
+_TOWERS = ("vision_tower", "vision_model", "audio_tower")
 
 _CONFIG = "_nway_lora_hf_config"
 
@@ -61,3 +65,22 @@ def _read_mappings(config: Any) -> Iterator[Sequence[Any]]:
             if mapping := get_checkpoint_conversion_mapping(name):
                 yield mapping
                 break
+    yield from _read_towers(config)
+
+
+def _read_towers(config: Any) -> Iterator[Sequence[Any]]:
+    """Yield the renames of a model's towers: transformers applies those of a tower's class below it."""
+    from transformers import PretrainedConfig
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    for field, part in getattr(config, "__dict__", {}).items():
+        if field == "text_config" or not isinstance(part, PretrainedConfig):
+            continue
+        names = MODEL_MAPPING_NAMES.get(part.model_type) or ()
+        for name, tower in itertools.product([names] if isinstance(names, str) else names, _TOWERS):
+            mapping = get_checkpoint_conversion_mapping(name) or []  # a copy for each tower
+            if mapping and all(hasattr(step, "scope_prefix") for step in mapping):
+                for step in mapping:
+                    step.scope_prefix, step.base_model_prefix = tower, "model"
+                yield mapping
