@@ -248,6 +248,31 @@ def gpu() -> str:
          "plugin, µs", "plugin / stock", "whole layer, plugin / stock"), rows)  # fmt: skip
 
 
+def launches() -> str:
+    """Return the table of the programs that the kernels launch, stock → plugin."""
+    rows = []
+    for row in load("launches")["rows"]:
+        sides = [row[name] for name in ("stock", "plugin")]
+        counts = (
+            " → ".join(str(side[kind]) for side in sides)
+            for kind in ("slices", "shrink", "expand", "expand_with_work")
+        )
+        rows.append(
+            (row["model"], row["layer"], *(str(row[k]) for k in ("tokens", "adapters")), *counts)
+        )
+    headings = (
+        "model",
+        "layer",
+        "tokens",
+        "adapters",
+        "slices",
+        "shrink",
+        "expand",
+        "expand with work",
+    )
+    return _table(headings, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "machines": machines,
     "layers": layers,
@@ -256,6 +281,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "startup": startup,
     "engine": engine,
     "gpu": gpu,
+    "launches": launches,
 }
 PLOTS: dict[str, Callable[[], str]] = {"layers.svg": draw_layers, "engine.svg": draw_engine}
 
