@@ -17,7 +17,7 @@ from shapes import Shape
 
 @pytest.mark.skipif(gpu.is_native(), reason="counted without a GPU")
 @pytest.mark.parametrize(
-    "shape", (*launches.chosen_shapes(), launches.EQUAL), ids=lambda shape: shape.name
+    "shape", [*launches.chosen_shapes(), launches.EQUAL], ids=lambda shape: shape.name
 )
 def test_shrink_programs_follow_the_slices(shape: Shape) -> None:
     with torch.inference_mode(), set_current_vllm_config(VllmConfig()):
