@@ -179,6 +179,34 @@ def refusals() -> str:
     )
 
 
+def gpu_engines() -> str:
+    """Return the table of engines on a GPU, from the results that ``ci/gpu_engines.py`` has saved."""
+    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        for row in json.loads(path.read_text()):
+            if row["side"] == "plugin":
+                lines.setdefault((row["vllm"], row["card"], row["model"], row["mode"]), []).append(
+                    row
+                )
+    cells = []
+    for key, rows in lines.items():
+        adapted = [row for row in rows if row["adapter"]]
+        noise = max(row["error"] for row in rows if not row["adapter"])
+        exact = sum(row["outcome"] == "exact" for row in adapted)
+        worst = max(row["error"] / row["effect"] for row in adapted)
+        cells.append((*key, f"{exact} of {len(adapted)}", f"{worst:.2f}", f"{noise:.2f}"))
+    headings = (
+        "vLLM",
+        "card",
+        "model",
+        "mode",
+        "match PEFT",
+        "largest error / effect",
+        "base's noise",
+    )
+    return tables.table(headings, cells)
+
+
 def models() -> str:
     """Return the table of published models, from the result that ``ci/published.py`` has saved."""
     rows = [row for of in _published()["rows"].values() for row in of]
@@ -239,7 +267,7 @@ def _part(module: str) -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"demo": demo},
     "docs/families.md": {"families": families},
-    "docs/releases.md": {"releases": releases, "defects": defects},
+    "docs/releases.md": {"releases": releases, "gpu engines": gpu_engines, "defects": defects},
     "docs/models.md": {"summary": models_summary, "models": models},
     "docs/layouts.md": {
         "layouts": layouts,

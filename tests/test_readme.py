@@ -64,8 +64,7 @@ def test_the_time_left_follows_the_speed_of_this_machine(tmp_path: Path) -> None
     progress = script("ci/progress.py")
     path = tmp_path / "durations.json"
     path.write_text(json.dumps({"a": 10, "b": 300}))
-    clock = iter([0.0, 20.0, 620.0])
-    with mock.patch.object(progress.time, "monotonic", lambda: next(clock)):
+    with mock.patch.object(progress.time, "monotonic", side_effect=[0.0, 20.0, 620.0]):
         run = progress.Progress(["a", "b"], path)
         assert run.finish("a") == "in 20 s, about 10 min left"
         assert run.finish("b") == "in 10 min"

@@ -10,13 +10,12 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vllm_nway_lora.diagnosis.options import ServerOptions, UsageError
+from vllm_nway_lora.diagnosis.options import ServerOptions, UsageError, validate_files
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.svg and not Path(options.svg).parent.is_dir():
         raise UsageError(f"--svg {options.svg}: there is no such folder")
     if options.command != "doctor":
-        _validate_files(options)
+        validate_files(options.model, getattr(options, "adapter", None))
         if importlib.util.find_spec("vllm") is None:
             raise UsageError(f"vLLM is not installed for {sys.executable}")
     from rich.console import Console
@@ -199,41 +198,6 @@ def _silence() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads only wait for the small products
     for name in ("vllm", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _validate_files(options: argparse.Namespace) -> None:
-    """Check the files that the answer needs. vLLM, whose import takes seconds, is not needed for it.
-
-    Raises:
-        UsageError: a folder or a file is missing, or has no JSON.
-    """
-    for folder, file in (
-        (options.model, "config.json"),
-        (getattr(options, "adapter", None), "adapter_config.json"),
-    ):
-        if folder is None:
-            continue
-        path = Path(folder, file)
-        if not path.is_file():
-            raise UsageError(_explain_missing(folder, file))
-        try:
-            found = json.loads(path.read_text())
-        except ValueError as error:
-            raise UsageError(f"{path} is no JSON: {error}") from error
-        if not isinstance(found, dict):
-            raise UsageError(f"{path} has no JSON object")
-
-
-def _explain_missing(folder: str, file: str) -> str:
-    if Path(folder).exists():
-        return f"{folder} has no {file}"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
-        return (
-            f"there is no folder {folder}. If it is a repository of the hub, download it with "
-            f"`hf download {folder} --include '*.json' '*.py' 'adapter_model*'` and pass the folder that "
-            "this prints"
-        )
-    return f"there is no folder {folder}"
 
 
 def _doctor(options: argparse.Namespace, console: Console) -> int:

@@ -65,9 +65,9 @@ def _write_expected(model: ServedModel) -> None:
     (model.folder.parent / "expected.json").write_text(json.dumps(found))
 
 
-def compare(root: Path, results: Path) -> bool:
-    """Print each adapter's worst comparison of every run in ``results``; return whether all match."""
-    all_match = True
+def compare(root: Path, results: Path) -> list[dict[str, Any]]:
+    """Print and return each adapter's worst comparison of every run in ``results``."""
+    rows = []
     for run in json.loads(results.read_text()):
         folder = root / run["model"]
         reference = _load_reference(folder)
@@ -87,12 +87,22 @@ def compare(root: Path, results: Path) -> bool:
         for (where, name), found in worst.items():
             error = max(found.error, found.greedy_gap)
             outcome = found.outcome.value if name else ("exact" if error < NOISE else "wrong")
-            all_match &= outcome == "exact"
+            rows.append(
+                {
+                    **{key: run[key] for key in ("card", "vllm", "model", "mode")},
+                    "side": side,
+                    "batch": where,
+                    "adapter": name,
+                    "outcome": outcome,
+                    "error": round(error, 3),
+                    "effect": round(found.effect, 3),
+                }
+            )
             print(
                 f"{run['model']:15} {run['mode']:12} {side:7} {where:9} {name or 'base':18} {outcome:8}"
                 f" error {found.error:.3f} gap {found.greedy_gap:.3f} effect {found.effect:.3f}"
             )
-    return all_match
+    return rows
 
 
 def _load_reference(folder: Path) -> Reference:
@@ -113,4 +123,5 @@ if __name__ == "__main__":
         shutil.rmtree(sys.argv[2], ignore_errors=True)
         save(Path(sys.argv[2]))
     else:
-        sys.exit(not compare(Path(sys.argv[2]), Path(sys.argv[3])))
+        found = compare(Path(sys.argv[2]), Path(sys.argv[3]))
+        sys.exit(any(row["outcome"] != "exact" for row in found))

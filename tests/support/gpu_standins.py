@@ -6,6 +6,7 @@ nor read a number of it, so that a CUDA graph can capture them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,18 +14,37 @@ import torch
 
 Tensor = torch.Tensor
 _LIBRARIES: list[torch.library.Library] = []
+#: Operators of the patterns that vLLM's compilation passes look for.
+PATTERNS = (
+    "dynamic_per_token_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "fused_add_rms_norm_static_fp8_quant",
+    "fused_qk_norm_rope",
+    "rms_norm_dynamic_per_token_quant",
+    "rms_norm_static_fp8_quant",
+    "rotary_embedding",
+    "silu_and_mul_per_block_quant",
+    "silu_and_mul_quant",
+    "static_scaled_fp8_quant",
+)
 
 
 def install() -> None:
     """Define the operators that vLLM finds no extension for, and turn off what cannot be replaced."""
-    import vllm.utils.platform_utils as platform_utils
+    import vllm.utils.platform_utils  # noqa: F401
 
-    # V2 reads pinned memory through a compiled function; without it, vLLM copies.
-    platform_utils.is_uva_available = lambda: False
+    # The second model runner reads pinned memory through a compiled function; without it, it copies.
+    for module in list(sys.modules.values()):
+        if "is_uva_available" in vars(module):
+            vars(module)["is_uva_available"] = lambda: False
     operators: dict[str, dict[str, tuple[str, Callable[..., Any]]]] = {
         "_C": {
-            "silu_and_mul": ("(Tensor! out, Tensor input) -> ()", silu_and_mul),
-            "rms_norm": ("(Tensor! out, Tensor input, Tensor? weight, float eps) -> ()", rms_norm),
+            "weak_ref_tensor": ("(Tensor(a) x) -> Tensor(a)", lambda x: x.detach()),
+            "silu_and_mul": ("(Tensor! result, Tensor input) -> ()", silu_and_mul),
+            "rms_norm": (
+                "(Tensor! result, Tensor input, Tensor? weight, float eps) -> ()",
+                rms_norm,
+            ),
             "fused_add_rms_norm": (
                 "(Tensor! input, Tensor! residual, Tensor? weight, float eps) -> ()",
                 fused_add_rms_norm,
@@ -33,7 +53,9 @@ def install() -> None:
         "_C_cuda_utils": {
             "get_max_shared_memory_per_block_device_attribute": (
                 "(int? device) -> int",
-                lambda device: torch.cuda.get_device_properties(device).shared_memory_per_block_optin,
+                lambda device: torch.cuda.get_device_properties(
+                    device
+                ).shared_memory_per_block_optin,
             )
         },
         "_moe_C": {
@@ -59,6 +81,8 @@ def install() -> None:
             ),
         },
     }
+    # torch.compile's passes name these operators when they are imported; nothing here calls them.
+    operators["_C"] |= dict.fromkeys(PATTERNS, ("(Tensor x) -> ()", _fail))
     for namespace, entries in operators.items():
         library = torch.library.Library(namespace, "FRAGMENT")
         _LIBRARIES.append(library)
@@ -66,6 +90,10 @@ def install() -> None:
             if not hasattr(getattr(torch.ops, namespace), name):
                 library.define(name + schema)
                 library.impl(name, function, "CompositeExplicitAutograd")
+
+
+def _fail(x: Tensor) -> None:
+    raise NotImplementedError("an operator of a fusion pass")
 
 
 def silu_and_mul(out: Tensor, x: Tensor) -> None:

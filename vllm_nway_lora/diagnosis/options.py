@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of ``vllm serve`` that change how an adapter is served.
+"""The folders and the options of ``vllm serve`` that ``check`` and ``plan`` take.
 
 Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -40,3 +43,35 @@ class ServerOptions:
     enable_mixed_moe_lora_format: bool = False
     trust_remote_code: bool = False
     hf_overrides: Mapping[str, Any] | None = None
+
+
+def validate_files(model: str, adapter: str | None) -> None:
+    """Check the files that the answer needs. vLLM, whose import takes seconds, is not needed for it.
+
+    Raises:
+        UsageError: a folder or a file is missing, or has no JSON.
+    """
+    for folder, file in ((model, "config.json"), (adapter, "adapter_config.json")):
+        if folder is None:
+            continue
+        path = Path(folder, file)
+        if not path.is_file():
+            raise UsageError(_explain_missing(folder, file))
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise UsageError(f"{path} is no JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise UsageError(f"{path} has no JSON object")
+
+
+def _explain_missing(folder: str, file: str) -> str:
+    if Path(folder).exists():
+        return f"{folder} has no {file}"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+        return (
+            f"there is no folder {folder}. If it is a repository of the hub, download it with "
+            f"`hf download {folder} --include '*.json' '*.py' 'adapter_model*'` and pass the folder that "
+            "this prints"
+        )
+    return f"there is no folder {folder}"
