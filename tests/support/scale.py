@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import psutil
+import requests
 
 from support import damage
 from support.adapters import Answer, Comparison, Reference, prompts, save_adapter
@@ -27,6 +28,9 @@ MODULES = ("in_proj_qkv", "in_proj_z", "q_proj", "down_proj")
 #: Eight adapters on four slots and six places: requests evict adapters from both.
 ADAPTERS = 8
 SLOTS = ("--max-loras", "4", "--max-cpu-loras", "6")
+
+#: A KV cache that the first burst fills: a worker's memory grows while blocks are used for the first time.
+BLOCKS = ("--num-gpu-blocks-override", "256")
 
 #: Few, so that a burst takes seconds; each is compared with the reference.
 NEW_TOKENS = 6
@@ -73,7 +77,13 @@ def save_served(root: Path, adapters: int = ADAPTERS) -> Served:
 
 
 class ScaleServer(Server):
-    """A server whose processes and memory can be looked at."""
+    """A server whose processes and memory can be looked at.
+
+    Attributes:
+        timeout: seconds after which a request's client gives up.
+    """
+
+    timeout = 60.0
 
     def __init__(
         self,
@@ -94,6 +104,30 @@ class ScaleServer(Server):
         # More threads than cores would make the figures those of the scheduler.
         self._env |= {"OMP_NUM_THREADS": "1", **environment}
 
+    def headers(self) -> dict[str, str]:
+        """Return more headers for each request."""
+        return {}
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> str:
+        # A request to a server that has ended must not wait for the five minutes of the base class.
+        try:
+            response = requests.request(
+                "GET" if body is None else "POST",
+                f"http://127.0.0.1:{self.port}{path}",
+                json=body,
+                headers=self.headers(),
+                timeout=self.timeout,
+                proxies={"http": ""},
+            )
+        except requests.RequestException as error:
+            raise ServerError(f"{type(error).__name__}: {error}") from None
+        if response.ok:
+            return str(response.text)
+        text = response.text
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = response.json()["error"]["message"]
+        raise ServerError(f"{response.status_code}: {text}")
+
     def processes(self) -> dict[int, psutil.Process]:
         """Return the server's process and all below it, by process id."""
         server = psutil.Process(self._process.pid)
@@ -112,7 +146,7 @@ class ScaleServer(Server):
         """Return the resident mebibytes of the server and of its other processes, by kind."""
         found: Counter[str] = Counter()
         for title, size in self.memory().items():
-            kind = title.partition(" (")[0]
+            kind = title.partition(" (")[0].strip()
             found["server" if kind.startswith("python") else kind] += size >> 20
         return dict(found)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 
 from support.adapters import prompts
 from support.scale import (
+    BLOCKS,
     SLOTS,
     Reply,
     ScaleServer,
@@ -21,7 +23,6 @@ from support.scale import (
     burst,
     copy_as,
     percentile,
-    save_served,
     send,
 )
 from support.server import Server, ServerError
@@ -52,29 +53,32 @@ class Load:
         for name in (*self._names, "replaced"):
             server.load(name, served.good.get(name, served.good["a0"]))
 
-    def run(self, count: int) -> None:
-        """Run one burst of ``count`` requests."""
+    def run(self, count: int, *, vanished: bool) -> None:
+        """Run one burst of ``count`` requests; with ``vanished``, one adapter's folder is deleted first."""
         self._round += 1
-        vanished = f"vanished{self._round}"
-        folder = copy_as(self._served.good["a1"], self._served.root / vanished)
-        self._server.load(vanished, folder)
-        shutil.rmtree(folder)
-        names = [*self._names, vanished, "unknown"]
+        gone = [self._lose_folder()] if vanished else []
+        names = [*self._names, *gone, "unknown"]
         replies, seconds = burst(self._server, names, count, self._random, self._disturb)
         self.seconds += seconds
+        # Then each of the other adapters in turn, which evicts the vanished one.
+        replies += [send(self._server, name, prompts(1)[0]) for name in (*self._names, *gone)]
         for reply in replies:
-            self._judge(reply, {vanished: "a1"}.get(reply.name, reply.name))
-        # Now the vanished adapter is evicted: the other adapters fill all places.
-        for name in (*self._names, vanished):
-            adapter = "a1" if name == vanished else name
-            self._judge(send(self._server, name, prompts(1)[0]), adapter)
-        self._server.unload(vanished)
+            self._judge(reply, "a1" if reply.name in gone else reply.name)
+        for name in gone:
+            self._server.unload(name)
+
+    def _lose_folder(self) -> str:
+        name = f"vanished{self._round}"
+        folder = copy_as(self._served.good["a1"], self._served.root / name)
+        self._server.load(name, folder)
+        shutil.rmtree(folder)
+        return name
 
     def _judge(self, reply: Reply, adapter: str) -> None:
         outcome = self._find_outcome(reply, adapter)
         self.counts[outcome] += 1
         if outcome in ("wrong", "failed"):
-            self.faults.append(f"{outcome}: {reply}")
+            self.faults.append(f"{outcome}: {reply}"[:600])
 
     def _find_outcome(self, reply: Reply, adapter: str) -> str:
         if reply.answer:
@@ -121,21 +125,24 @@ class Load:
         }
 
 
-def run_soak(served: Served, log: Path, seconds: float, count: int = 200) -> dict[str, Any]:
-    """Run bursts of ``count`` requests for ``seconds``; return the figures and the memory before and after."""
-    with ScaleServer(served.checkpoint, log, *SLOTS, plugin=True) as server:
+def run_soak(
+    served: Served, log: Path, seconds: float, *, vanished: bool, count: int = 200
+) -> dict[str, Any]:
+    """Run bursts of ``count`` requests for ``seconds``; return the figures and the memory."""
+    with ScaleServer(served.checkpoint, log, *SLOTS, *BLOCKS, plugin=True) as server:
         load = Load(served, server)
-        load.run(count)  # lets caches and memory arenas reach their final sizes
+        load.run(count, vanished=vanished)  # lets caches and memory arenas reach their final sizes
         before, started = server.resident(), time.monotonic()
         halfway: dict[str, int] = {}
         while (passed := time.monotonic() - started) < seconds:
-            load.run(count)
+            load.run(count, vanished=vanished)
             if not halfway and passed > seconds / 2:
                 halfway = server.resident()
             print(round(passed), dict(load.counts), server.resident(), flush=True)
         after = server.resident()
     return {
         "seconds": round(time.monotonic() - started),
+        "vanished adapters": vanished,
         **load.summary(),
         "resident MiB before": before,
         "resident MiB halfway": halfway,
@@ -150,14 +157,16 @@ def run_beside_stock(served: Served, folder: Path, rounds: int, count: int) -> d
     Every adapter is good: a bad one would end stock vLLM.
     """
     sides = {"stock": False, "plugin": True}
-    servers = {
-        side: ScaleServer(served.checkpoint, folder / f"{side}.log", *SLOTS, plugin=plugin)
-        for side, plugin in sides.items()
-    }
     replies: dict[str, list[Reply]] = {side: [] for side in sides}
     rates: dict[str, list[float]] = {side: [] for side in sides}
     resident: dict[str, list[dict[str, int]]] = {side: [] for side in sides}
-    with servers["stock"], servers["plugin"]:
+    servers: dict[str, ScaleServer] = {}
+    with contextlib.ExitStack() as stack:
+        for side, plugin in sides.items():
+            log = folder / f"{side}.log"
+            servers[side] = stack.enter_context(
+                ScaleServer(served.checkpoint, log, *SLOTS, *BLOCKS, plugin=plugin)
+            )
         for server in servers.values():
             for name, adapter in served.good.items():
                 server.load(name, adapter)
@@ -189,6 +198,3 @@ def _summarise(
         "resident MiB before": resident[0],
         "resident MiB after": resident[1],
     }
-
-
-__all__ = ["Load", "run_beside_stock", "run_soak", "save_served"]
