@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from vllm_nway_lora import __version__
 from vllm_nway_lora.diagnosis.options import ServerOptions, UsageError, validate_files
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ def _parser() -> _Parser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = importlib.metadata.version("vllm-nway-lora")
-    parser.add_argument("--version", action="version", version=f"vllm-nway-lora {version}")
+    parser.add_argument("--version", action="version", version=f"vllm-nway-lora {__version__}")
     shared = _Parser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print JSON (docs/json.md)")
     shared.add_argument("--svg", metavar="FILE", help="also save the output as a picture")

@@ -146,6 +146,16 @@ def test_nothing_is_wider_than_80_columns(pair: Pair, capsys: pytest.CaptureFixt
     assert max(map(len, lines)) <= 80
 
 
+def test_without_vllm_one_line_says_so(
+    pair: Pair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["plan", str(pair[0])]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("vllm-nway-lora plan: vLLM is not installed for ")
+    assert errors.count("\n") == 1
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
