@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -99,7 +99,7 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--version", action="version", version=f"vllm-nway-lora {__version__}")
     shared = _Parser(add_help=False)
-    shared.add_argument("--json", action="store_true", help="print JSON (docs/json.md)")
+    shared.add_argument("--json", action="store_true", help="print JSON")
     shared.add_argument("--svg", metavar="FILE", help="also save the output as a picture")
     shared.add_argument("--width", type=_positive, help="width of the output in columns")
     shared.add_argument("--debug", action="store_true", help="show tracebacks and vLLM's log")
@@ -227,7 +227,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     return 0 if report.plugin.outcome.value in ("exact", "refused") else 1
 
 
-def _answer(report: Report, options: argparse.Namespace, show: Any) -> None:
+def _answer(report: Report, options: argparse.Namespace, show: Callable[[], None]) -> None:
     from vllm_nway_lora.diagnosis.as_json import to_json
 
     if options.json:

@@ -105,6 +105,8 @@ class Placed:
         original: the attribute before.
         replacement: the attribute after.
         is_inherited: whether a base class had the attribute, and the owner itself did not.
+        subclasses: the subclasses of the owner. A class whose name another package has taken would be
+            forgotten otherwise.
     """
 
     owner: Any
@@ -112,6 +114,7 @@ class Placed:
     original: Any
     replacement: Any
     is_inherited: bool
+    subclasses: tuple[type, ...] = ()
 
     @property
     def current(self) -> Any:
@@ -186,4 +189,11 @@ class Patcher:
 def _replace(patch: Patch, owner: Any, name: str) -> Placed:
     # Not `getattr`, which binds class methods.
     original = inspect.getattr_static(owner, name)
-    return Placed(owner, name, original, patch.replacement(original), name not in vars(owner))
+    return Placed(
+        owner,
+        name,
+        original,
+        patch.replacement(original),
+        name not in vars(owner),
+        tuple(owner.__subclasses__()) if inspect.isclass(owner) else (),
+    )

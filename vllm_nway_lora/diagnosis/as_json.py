@@ -20,6 +20,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "plugin": _verdict(report.plugin),
         "translated": report.rules,
         "left_out": report.left_out,
+        "max_lora_rank": report.max_lora_rank,
         "costs": {side: dataclasses.asdict(cost) for side, cost in report.costs.items()},
         "layers": [_row(row) for row in report.rows],
     }

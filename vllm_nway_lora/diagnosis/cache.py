@@ -90,7 +90,7 @@ def build_key(command: str, model: str, adapter: str | None, options: Any) -> st
 
 
 def load(key: str) -> Report | None:
-    """Return the answer of a key, without the tensors' type; None if there is none that can be read.
+    """Return the answer of a key; None if there is none that can be read.
 
     The plans in its rows have the fields of a :class:`FusionPlan`, and lists in place of tensors.
     """

@@ -27,6 +27,7 @@ from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.offline import format_error
 from vllm_nway_lora.diagnosis.options import ServerOptions
 from vllm_nway_lora.diagnosis.report import (
+    DEFAULT_RANK,
     Outcome,
     Report,
     Row,
@@ -103,6 +104,7 @@ class _Check:
                     self._judge_stock(rank, loaded)
         report = build_report(self._rows, self._verdicts)
         report.rules = list(self._rules)
+        report.max_lora_rank = self._options.max_lora_rank or DEFAULT_RANK
         report.left_out = {reason: fold_names(of) for reason, of in self._left_out.items()}
         return report
 
@@ -159,7 +161,7 @@ class _Check:
                 row.plugin.worsen(Outcome.REFUSED, fault)
             if hasattr(layer, "plan"):
                 row.plan.append(layer.plan)
-                row.is_fused = True
+            row.is_fused = len(weights_of) > 1 or bool(row.plan)
         for name, weights in adapter.loras.items():
             if id(weights) not in used and not _is_in(name, self._left_out):
                 row = self._rows.setdefault(name, _row(name, [(name, weights)]))

@@ -151,7 +151,7 @@ def _list_versions() -> dict[str, str]:
         except ModuleNotFoundError as error:
             found[module] = f"{_ABSENT} ({error})"
         except Exception as error:  # a library that does not load, for example
-            found[module] = f"{_ABSENT} rightly ({type(error).__name__}: {error})"
+            found[module] = f"{_ABSENT} so that it works ({type(error).__name__}: {error})"
     if _ABSENT not in found["vllm"]:
         from vllm.platforms import current_platform
 

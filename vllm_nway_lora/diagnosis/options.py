@@ -60,9 +60,9 @@ def validate_files(model: str, adapter: str | None) -> None:
         try:
             found = json.loads(path.read_text())
         except ValueError as error:
-            raise UsageError(f"{path} is no JSON: {error}") from error
+            raise UsageError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{path} has no JSON object")
+            raise UsageError(f"{path} is not a JSON object")
 
 
 def _explain_missing(folder: str, file: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm-nway-lora plan``: a model's fused projections, and how adapters on them are served."""
+"""``vllm-nway-lora plan``: on what a model takes LoRA, how adapters on it are served, and the cost."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.options import ServerOptions
 from vllm_nway_lora.diagnosis.report import (
+    DEFAULT_RANK,
     Cost,
     Outcome,
     Report,
@@ -32,7 +33,7 @@ def plan_model(model: str, options: ServerOptions | None = None) -> Report:
     """Return the layers of ``model`` that take LoRA, and the verdicts on adapters on them.
 
     A row's verdicts are the worst over an adapter on all of its modules and one on each module
-    alone. Arguments are those of :func:`vllm_nway_lora.diagnosis.check.check_adapter`.
+    alone. ``model`` and ``options`` are those of :func:`vllm_nway_lora.diagnosis.check.check_adapter`.
 
     Raises:
         UsageError: the model's configuration or an option cannot be read.
@@ -49,6 +50,7 @@ def plan_model(model: str, options: ServerOptions | None = None) -> Report:
         costs.setdefault("plugin" if plugin else "stock", measure_cost(rank.lora_manager))
     report = build_report(rows, verdicts)
     report.costs = costs
+    report.max_lora_rank = options.max_lora_rank or DEFAULT_RANK
     return report
 
 
@@ -76,8 +78,9 @@ def _add_rows(manager: Any, rows: dict[str, Row]) -> None:
 
 def _is_convolution(layer: Any) -> bool:
     """Return whether a LoRA layer's base is a convolution, which vLLM builds as a linear layer."""
-    weight = getattr(getattr(layer, "base_layer", None), "weight", None)
-    return isinstance(layer.base_layer, LinearBase) and weight is not None and weight.ndim == 3
+    base = getattr(layer, "base_layer", None)
+    weight = getattr(base, "weight", None)
+    return isinstance(base, LinearBase) and weight is not None and weight.ndim == 3
 
 
 def _judge_stock(rank: offline.Rank, rows: Mapping[str, Row]) -> None:
@@ -137,7 +140,7 @@ def measure_cost(manager: Any) -> Cost:
             if isinstance(tensor, torch.Tensor)
         }
         numbers = sum(t.untyped_storage().nbytes() // t.itemsize for t in slots.values())
-        cost.bytes_per_rank += 2 * numbers // per_rank
+        cost.bytes_per_lora_rank += 2 * numbers // per_rank
         if isinstance(layer, BaseLinearLayerWithLoRA):
             cost.slices += len(layer.lora_a_stacked)
     return cost

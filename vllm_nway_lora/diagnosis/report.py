@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from vllm_nway_lora.rows.plan import FusionPlan
 
 
+#: vLLM's default of ``--max-lora-rank`` (vllm/config/lora.py, 0.17.0 to 0.33.0).
+DEFAULT_RANK = 16
+
+
 class Outcome(enum.Enum):
     """How an adapter on a layer is served. The members are in order, the worst first."""
 
@@ -91,11 +95,11 @@ class Cost:
     Attributes:
         slices: the number of LoRA-A and LoRA-B pairs that the kernels read per token, over all layers
             but those of experts.
-        bytes_per_rank: the bytes of a slot per unit of ``--max-lora-rank``, at two bytes per number.
+        bytes_per_lora_rank: the bytes of a slot per unit of ``--max-lora-rank``, at two bytes per number.
     """
 
     slices: int = 0
-    bytes_per_rank: int = 0
+    bytes_per_lora_rank: int = 0
 
 
 @dataclass
@@ -109,6 +113,7 @@ class Report:
         rules: the translations of the adapter's layout with the plugin.
         left_out: reason -> modules that a server leaves out with a warning. Layer numbers are ``*``.
         costs: ``stock`` and ``plugin`` -> the cost of an adapter on every module; only of ``plan``.
+        max_lora_rank: the value of ``--max-lora-rank`` for which the verdicts hold.
     """
 
     rows: list[Row]
@@ -117,6 +122,7 @@ class Report:
     rules: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     costs: dict[str, Cost] = field(default_factory=dict)
+    max_lora_rank: int = DEFAULT_RANK
 
 
 def build_report(rows: Mapping[str, Row], verdicts: Mapping[bool, Verdict]) -> Report:

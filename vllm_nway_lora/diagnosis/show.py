@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vllm_nway_lora.diagnosis.report import Outcome, Report, Row, Verdict
+from vllm_nway_lora.diagnosis.report import DEFAULT_RANK, Outcome, Report, Row, Verdict
 
 _STYLES = {
     Outcome.EXACT: "green",
@@ -33,8 +33,13 @@ def show_check(report: Report, console: Console) -> None:
         _say(console, f"translated: {rule}")
     for reason, modules in report.left_out.items():
         _say(console, f"left out with a warning: {', '.join(modules)} ({reason})")
+    if report.max_lora_rank > DEFAULT_RANK:
+        default = f"the default is {DEFAULT_RANK}"
+        _say(console, f"the server needs --max-lora-rank {report.max_lora_rank} ({default})")
     for label, verdict in (("stock vLLM", report.stock), ("with the plugin", report.plugin)):
         _show_verdict(label, verdict, console)
+    if report.left_out and report.plugin.outcome is Outcome.EXACT:
+        console.print(Padding(Text("without the modules that are left out"), (0, 0, 0, 2)))
 
 
 def show_plan(report: Report, console: Console) -> None:
@@ -51,8 +56,9 @@ def show_plan(report: Report, console: Console) -> None:
             text.append(f" ({reason})" if reason else "")
             console.print(Padding(text, (0, 0, 0, 2)))
         if cost := report.costs.get(side):
-            text = Text(f"cost of a slot at --max-lora-rank 16: {cost.slices} slices, ")
-            text.append(f"{format_bytes(16 * cost.bytes_per_rank)} on each GPU")
+            rank = report.max_lora_rank
+            text = Text(f"cost of a slot at --max-lora-rank {rank}: {cost.slices} slices, ")
+            text.append(f"{format_bytes(rank * cost.bytes_per_lora_rank)} on each GPU")
             console.print(Padding(text, (0, 0, 0, 2)))
 
 

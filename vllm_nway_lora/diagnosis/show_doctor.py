@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from vllm_nway_lora.diagnosis.show import break_path
+from vllm_nway_lora.diagnosis.show import break_path, new_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,14 +32,14 @@ def show(report: Report, console: Console) -> None:
             (patch.name, break_path(patch.target.removeprefix("vllm."), 32), _describe(patch))
             for patch in report.patches
         ]
-        console.print(_build_table(("patch", "on vLLM's", "state"), rows))
+        console.print(_fill_table(("patch", "on vLLM's", "state"), rows))
     if report.defects:
         defects = [(name, escape(text.replace("`", ""))) for name, text in report.defects.items()]
         heading = ("defect of this release", "symptom, and upstream's threads")
-        console.print(_build_table(heading, defects))
+        console.print(_fill_table(heading, defects))
     if report.by_table:
         stated = [(name, escape(text)) for name, text in report.by_table.items()]
-        console.print(_build_table(("by table on this release", "what the table states"), stated))
+        console.print(_fill_table(("by table on this release", "what the table states"), stated))
     for label, text in report.agreement.items():
         console.print(f"ranks, {label}: {escape(text)}", highlight=False)
     if report.selftest:
@@ -65,10 +63,8 @@ def _describe(patch: PatchState) -> str:
     return f"[{style}]{note}[/]" if style else note
 
 
-def _build_table(headings: tuple[str, ...], rows: list[Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+def _fill_table(headings: tuple[str, ...], rows: list[Any]) -> Any:
+    table = new_table(*headings)
     for row in rows:
         table.add_row(*row)
     return table

@@ -77,7 +77,7 @@ def _read_header(path: Path) -> bytes:
         size = struct.unpack("<Q", length)[0] if len(length) == 8 else _LONGEST_HEADER
         header = length + file.read(size) if size < _LONGEST_HEADER else b""
     if len(header) != 8 + size:
-        raise UsageError(f"{path} is no complete safetensors file. Copy or save it again")
+        raise UsageError(f"{path} is not a complete safetensors file. Copy or save it again")
     return header
 
 
