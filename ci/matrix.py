@@ -152,7 +152,9 @@ def source(suite: str, release: str) -> str:
     row = environment.row(release)
     digest = hashlib.sha256(json.dumps([row["distribution"], row.get("torch")]).encode())
     paths = environment.matrix()["suites"]["paths"].get(suite, ())
-    folders = ["vllm_nway_lora", "tests/support", *paths]
+    digest.update(json.dumps(paths).encode() if "-k" in paths else b"")
+    given = [path for path in paths if (environment.ROOT / path).exists()]
+    folders = ["vllm_nway_lora", "tests/support", *given]
     if suite == "peers":
         folders.append("tests/peers")
     for name in folders:

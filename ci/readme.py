@@ -85,6 +85,7 @@ def families() -> str:
 #: Suites that run on the last releases only -> their headings.
 SINCE_0_2 = {
     "check": "check",
+    "frameworks": "frameworks",
     "moe": "experts, engines",
     "quantised_engines": "quantised bases",
     "gpu_kernels": "GPU kernels",
