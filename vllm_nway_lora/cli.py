@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -110,11 +110,11 @@ def _parser() -> _Parser:
         "check", parents=[shared, _server()], help="show how an adapter on a model would be served"
     )
     check.add_argument("adapter", help="a local folder with adapter_config.json and its tensors")
-    check.set_defaults(run=_check)
+    check.set_defaults(run=_report)
     plan = commands.add_parser(
         "plan", parents=[shared, _server()], help="show on what a model takes LoRA, and the cost"
     )
-    plan.set_defaults(run=_plan)
+    plan.set_defaults(run=_report)
     return parser
 
 
@@ -210,30 +210,21 @@ def _doctor(options: argparse.Namespace, console: Console) -> int:
     return 0 if report.healthy else 1
 
 
-def _check(options: argparse.Namespace, console: Console) -> int:
-    from vllm_nway_lora.diagnosis.show import show_check
-
-    report = _examine(options)
-    _answer(report, options, lambda: show_check(report, console))
-    return 0 if report.plugin.outcome.value == "exact" else 1
-
-
-def _plan(options: argparse.Namespace, console: Console) -> int:
-    from vllm_nway_lora.diagnosis.show import show_plan
-
-    report = _examine(options)
-    _answer(report, options, lambda: show_plan(report, console))
-    # A model may have layers without LoRA; an adapter on such a layer is a fault.
-    return 0 if report.plugin.outcome.value in ("exact", "refused") else 1
-
-
-def _answer(report: Report, options: argparse.Namespace, show: Callable[[], None]) -> None:
+def _report(options: argparse.Namespace, console: Console) -> int:
+    """Answer ``check`` or ``plan``."""
+    from vllm_nway_lora.diagnosis import show
     from vllm_nway_lora.diagnosis.as_json import to_json
 
+    report = _examine(options)
     if options.json:
         print(json.dumps(to_json(report), indent=2))
+    elif options.command == "check":
+        show.show_check(report, console)
     else:
-        show()
+        show.show_plan(report, console)
+    # A model may have layers without LoRA; an adapter on such a layer is a fault.
+    accepted = {"check": ("exact",), "plan": ("exact", "refused")}[options.command]
+    return 0 if report.plugin.outcome.value in accepted else 1
 
 
 def _examine(options: argparse.Namespace) -> Report:

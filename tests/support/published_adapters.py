@@ -114,7 +114,7 @@ def write(config: Mapping[str, Any], of: Mapping[str, Any], folder: Path) -> Pat
 
 
 def save_holes(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Write a safetensors file of tensors in bfloat16 that are zeros but for their first number."""
+    """Write a safetensors file of bfloat16 tensors. The first number of each is one, the others are zero."""
     entries: dict[str, Any] = {}
     end = 0
     for name, shape in shapes.items():

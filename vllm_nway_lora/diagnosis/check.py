@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from vllm.lora.layers import FusedMoEWithLoRA
 from vllm.lora.request import LoRARequest
 
@@ -86,11 +87,13 @@ class _Check:
         self._verdicts = {True: Verdict(), False: Verdict()}
         self._rules: dict[str, None] = {}
         self._left_out: dict[str, dict[str, None]] = {}
+        self._dtype = torch.float32  # of the adapter's tensors
         self.rank = 0
 
     def run(self) -> Report:
         """Load the adapter on every rank of both sides; return the report."""
         with zero_adapter(self._adapter) as zeros:
+            self._dtype = find_dtype(zeros)
             for plugin, rank in each_rank(self._model, self._options, self._verdicts):
                 load = self._load_with_plugin if plugin else self._load_stock
                 loaded = load(rank, zeros)
@@ -111,7 +114,7 @@ class _Check:
     def _load_stock(self, rank: offline.Rank, folder: Path) -> Any:
         """Return the ``LoRAModel`` that stock loads; None if it is refused."""
         try:
-            return _load(rank, folder)
+            return _load(rank, folder, self._dtype)
         except Exception as error:
             text = self._name(format_error(error), folder)
             self._verdicts[False].worsen(Outcome.REFUSED, text)
@@ -125,7 +128,7 @@ class _Check:
         label = format_label(self._adapter.name, str(self._adapter))
         try:
             with any_layout(rank.lora_manager):
-                adapter = _load(rank, folder)
+                adapter = _load(rank, folder, self._dtype)
         except Exception as error:
             text = self._name(format_failure(label, error), folder)
             self._verdicts[True].worsen(Outcome.REFUSED, text)
@@ -199,11 +202,10 @@ class _Check:
             self._rows[name].stock.worsen(Outcome.IGNORED, reason)
 
 
-def _load(rank: offline.Rank, folder: Path) -> Any:
+def _load(rank: offline.Rank, folder: Path, dtype: torch.dtype) -> Any:
     manager = rank.worker_manager
     # Without a conversion, the zeros stay in the sparse file: an adapter on experts can be gigabytes.
-    dtype = mock.patch.object(manager.lora_config, "lora_dtype", find_dtype(folder))
-    with dtype:
+    with mock.patch.object(manager.lora_config, "lora_dtype", dtype):
         # The class's method is vLLM's own. Admission, which guards instances, follows.
         adapter = type(manager)._load_adapter(manager, LoRARequest("adapter", 1, str(folder)))
     for number, weights in enumerate(adapter.loras.values()):

@@ -22,7 +22,7 @@ class Outcome(enum.Enum):
 
     #: The engine does not start.
     FAILS = "fails"
-    #: This machine cannot build the model, which says nothing of a GPU.
+    #: This machine cannot build the model. A machine with a GPU may be able to.
     UNKNOWN = "cannot tell"
     #: The output differs from PEFT's, and vLLM reports no error.
     WRONG = "wrong"
