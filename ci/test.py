@@ -52,6 +52,7 @@ def main() -> int:
     ]
     engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
     engines += ["tests/moe/test_engine.py", "tests/quantised/test_engine.py"]
+    engines += ["tests/scale/test_load.py"]
     pages = ["tests/test_readme.py", "tests/test_docs.py", "tests/test_structure.py"]
     with ThreadPoolExecutor() as pool:
         # In parallel with the engines: an engine that starts leaves a core idle.
