@@ -174,6 +174,23 @@ def defects() -> str:
     )
 
 
+def upstream() -> str:
+    """Return the index of the pages of docs/upstream: first the defects that vLLM does not report."""
+    from support.upstream import code_of, pages
+
+    from vllm_nway_lora.compat.defects import find
+
+    rows = []
+    for name, page in pages().items():
+        heading = page.read_text().splitlines()[0].removeprefix("# ")
+        defect = find(name)
+        seen = " ".join(f"`{message}`" for message in defect.seen[-1].messages) or "none"
+        fix = "code" if len(code_of(page)) == 2 else "words"
+        rows.append((f"[{heading}]({page.name})", seen, " ".join(defect.upstream), fix))
+    rows.sort(key=lambda row: row[1] != "none")
+    return tables.table(("page", "error text", "threads", "fix as"), rows)
+
+
 def layouts() -> str:
     """Return the table of adapters' layouts, from those that the tests write."""
     from support.layout_table import LAYOUTS
@@ -247,6 +264,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "defects": defects,
     },
     "docs/models.md": {"summary": published_tables.summary, "models": published_tables.models},
+    "docs/upstream/index.md": {"upstream": upstream},
     "docs/layouts.md": {
         "layouts": layouts,
         "expert layouts": expert_layouts,

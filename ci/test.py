@@ -38,7 +38,9 @@ def main() -> int:
     ]
     engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
     engines += ["tests/moe/test_engine.py", "tests/quantised/test_engine.py"]
-    pages = [f"tests/test_{name}.py" for name in ("readme", "docs", "packaging", "structure")]
+    pages = [
+        f"tests/test_{name}.py" for name in ("readme", "docs", "packaging", "structure", "upstream")
+    ]
     with ThreadPoolExecutor() as pool:
         # In parallel with the engines: an engine that starts leaves a core idle.
         rest = pool.submit(run_suites, python, bool(arguments))
