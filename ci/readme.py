@@ -110,6 +110,7 @@ SINCE_0_2 = {
     "quantised_engines": "quantised bases",
     "gpu_kernels": "GPU kernels",
     "gpu_families": "families on GPU kernels",
+    "upstream": "docs/upstream",
 }
 
 

@@ -34,6 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Set the addresses of the repository and of the site, from pyproject.toml."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     config.repo_url = urls["Repository"]
+    config.repo_name = urls["Repository"].rpartition("/")[2]
     config.site_url = f"{urls['Documentation']}/"
     return config
 

@@ -1,4 +1,4 @@
-"""Run the tests of docs/upstream on stock vLLM, each in a fork of one process that has imported vLLM."""
+"""Run the tests of docs/upstream on stock vLLM, and with each page's fix in a fork of the process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+import torch
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "upstream"
 _CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -31,10 +33,12 @@ def run_all() -> dict[str, list[str]]:
     [common] = code_of(FOLDER / "index.md")
     names: dict[str, Any] = {"__name__": "common"}
     exec(compile(common, "index.md", "exec"), names)
-    outcomes = {}
-    for name, page in pages().items():
-        test, *fixes = code_of(page)
-        outcomes[name] = [run_forked(names, [test]), *(run_forked(names, [test, f]) for f in fixes)]
+    tests = {name: code_of(page) for name, page in pages().items()}
+    # A fork copies one thread only. The forks below have the model classes that these runs import.
+    torch.set_num_threads(1)
+    outcomes = {name: [run_here(dict(names), [test])] for name, (test, *_) in tests.items()}
+    for name, (test, *fixes) in tests.items():
+        outcomes[name] += [run_forked(names, [test, fix]) for fix in fixes]
     return outcomes
 
 
@@ -57,9 +61,6 @@ def run_forked(names: dict[str, Any], blocks: list[str]) -> str:
 
 def run_here(names: dict[str, Any], blocks: list[str]) -> str:
     """Run the test of the first block, after all blocks; return its error or ``PASSED``."""
-    import torch
-
-    torch.set_num_threads(1)
     try:
         for block in blocks:
             exec(compile(block, "page", "exec"), names)
