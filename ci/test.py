@@ -38,6 +38,7 @@ def main() -> int:
     ]
     engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
     engines += ["tests/moe/test_engine.py", "tests/quantised/test_engine.py"]
+    engines += ["tests/scale/test_load.py"]
     pages = [
         f"tests/test_{name}.py" for name in ("readme", "docs", "packaging", "structure", "upstream")
     ]

@@ -34,9 +34,6 @@ def test_base_model_is_exact_after_a_burst(served: Served, server: ScaleServer) 
     assert served.judge.is_exact(None, base)
 
 
-@pytest.mark.xfail(
-    reason="with more adapters in use than places, an eviction within a step can end the engine (README)"
-)
 def test_adapter_that_vanishes_fails_alone(load: Load) -> None:
     """Its folder is deleted after it was loaded, and other adapters evict it."""
     load.run(30, vanished=True)

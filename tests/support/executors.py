@@ -6,11 +6,16 @@ import queue
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
+from vllm.v1.request import RequestStatus
+
 from vllm_nway_lora.adapters.errors import AdapterError
 from vllm_nway_lora.adapters.prepared import prepared, take_prepared
+from vllm_nway_lora.adapters.roads import apply_adapters
 from vllm_nway_lora.engine import loading, requests
 
 
@@ -88,6 +93,14 @@ class Worker:
         self.models.move_to_end(number)
         return True
 
+    def run(self, requests: list[Request]) -> None:
+        """Use the adapters of a step as ``LRUCacheWorkerLoRAManager._apply_adapters`` does."""
+        apply_adapters(self._stock_run, self, (requests,), {})
+
+    def _stock_run(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.add_lora(request)
+
     def remove_adapter(self, number: int) -> bool:
         return self.models.pop(number, None) is not None
 
@@ -129,62 +142,113 @@ class Executor:
         return [{i: model.path for i, model in w.models.items()} for w in self.workers]
 
 
+class EngineRequest(SimpleNamespace):
+    """Stands in for a ``Request`` of the engine core; hashed by identity, as vLLM's is."""
+
+    __hash__ = object.__hash__
+
+
 class Engine:
     """An engine core whose scheduler runs requests for as many steps as they ask for.
 
     Attributes:
         max_loras: adapters of one step.
-        answers: request's id -> the stop reason of its error.
+        finished: ids of the requests that have run for all their steps.
+        blocked: ids of the requests that wait for something else than a place, such as a grammar.
     """
 
-    def __init__(self, *workers: Worker, max_loras: int = 2, in_process: bool = False) -> None:
-        self.model_executor = Executor(*workers, max_loras=max_loras)
-        lora_config = self.model_executor.vllm_config.lora_config
+    def __init__(
+        self,
+        *workers: Worker,
+        max_loras: int = 2,
+        max_cpu_loras: int = 2,
+        in_process: bool = False,
+        has_skipped_queue: bool = False,
+    ) -> None:
+        self.model_executor = Executor(*workers, max_loras=max_loras, max_cpu_loras=max_cpu_loras)
         self.scheduler = SimpleNamespace(
-            running=[], waiting=[], max_num_running_reqs=8, lora_config=lora_config
+            running=[],
+            waiting=create_request_queue(SchedulingPolicy.FCFS),
+            requests={},
+            max_num_running_reqs=8,
+            lora_config=self.model_executor.vllm_config.lora_config,
         )
+        # vLLM 0.18.0 to 0.26.0: requests that a step has skipped.
+        self._skipped = self.scheduler.waiting
+        if has_skipped_queue:
+            self._skipped = create_request_queue(SchedulingPolicy.FCFS)
+            self.scheduler.skipped_waiting = self._skipped
         if not in_process:
             self.output_queue: queue.Queue[Any] = queue.Queue()
         self.finished: list[str] = []
+        self.blocked: set[str] = set()
+        self.random = Random(0)
         self._count = 0
 
-    def add_request(self, lora_request: Request | None, steps: int = 1) -> str:
+    def add_request(
+        self, lora_request: Request | None, steps: int = 1, is_blocked: bool = False
+    ) -> str:
         self._count += 1
-        request = SimpleNamespace(
-            request_id=f"r{self._count}", client_index=3, lora_request=lora_request, steps=steps
+        status = RequestStatus.WAITING_FOR_REMOTE_KVS if is_blocked else RequestStatus.WAITING
+        request = EngineRequest(
+            request_id=f"r{self._count}",
+            client_index=3,
+            lora_request=lora_request,
+            steps=steps,
+            status=status,
         )
-        requests.add_request(self.scheduler.waiting.append, self, (request,), {})
+        if is_blocked:
+            self.blocked.add(request.request_id)
+        requests.add_request(self._stock_add_request, self, (request,), {})
         return request.request_id
 
+    def _stock_add_request(self, request: Any) -> None:
+        self.scheduler.requests[request.request_id] = request
+        self.scheduler.waiting.add_request(request)
+
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        for group in (self.scheduler.running, self.scheduler.waiting):
-            group[:] = [request for request in group if request.request_id not in request_ids]
+        lost = [self.scheduler.requests.pop(request_id) for request_id in request_ids]
+        self.scheduler.running[:] = [r for r in self.scheduler.running if r not in lost]
+        for group in (self.scheduler.waiting, self._skipped):
+            group.remove_requests(lost)
 
     def step(self) -> None:
         requests.step(self._stock_step, self, (), {})
 
     def _stock_step(self) -> None:
-        """Schedule as vLLM does, and have every worker load what it lacks."""
-        running, waiting = self.scheduler.running, self.scheduler.waiting
-        adapters = {r.lora_request.lora_int_id for r in running if r.lora_request}
-        for request in list(waiting):
-            number = request.lora_request and request.lora_request.lora_int_id
-            limit = self.scheduler.lora_config.max_loras
-            if number and number not in adapters and len(adapters) == limit:
-                continue
-            if number:
-                adapters.add(number)
-            waiting.remove(request)
-            running.append(request)
+        """Schedule as vLLM does, and have every worker load what it lacks, in any order."""
+        self._schedule()
+        running = self.scheduler.running
+        by_id = {r.lora_request.lora_int_id: r.lora_request for r in running if r.lora_request}
         for worker in self.model_executor.workers:
-            by_id = {r.lora_request.lora_int_id: r.lora_request for r in running if r.lora_request}
-            for lora_request in by_id.values():
-                worker.add_lora(lora_request)
+            worker.run(self.random.sample(list(by_id.values()), len(by_id)))
         for request in list(running):
             request.steps -= 1
             if not request.steps:
                 running.remove(request)
+                del self.scheduler.requests[request.request_id]
                 self.finished.append(request.request_id)
+
+    def _schedule(self) -> None:
+        scheduler, skipped = self.scheduler, []
+        running = scheduler.running
+        adapters = {r.lora_request.lora_int_id for r in running if r.lora_request}
+        while len(running) < scheduler.max_num_running_reqs:
+            queue = self._skipped or scheduler.waiting
+            if not queue:
+                break
+            request = queue.pop_request()
+            number = request.lora_request and request.lora_request.lora_int_id
+            is_full = len(adapters) == scheduler.lora_config.max_loras
+            if request.request_id in self.blocked or (number not in {*adapters, None} and is_full):
+                skipped.append(request)
+                continue
+            if number:
+                adapters.add(number)
+            request.status = RequestStatus.RUNNING
+            running.append(request)
+        for request in reversed(skipped):
+            self._skipped.prepend_request(request)
 
     def answers(self) -> dict[str, str]:
         """Return the errors that have been sent to the client: request's id -> stop reason."""

@@ -125,24 +125,21 @@ class Load:
         }
 
 
-def run_soak(
-    served: Served, log: Path, seconds: float, *, vanished: bool, count: int = 200
-) -> dict[str, Any]:
+def run_soak(served: Served, log: Path, seconds: float, count: int = 200) -> dict[str, Any]:
     """Run bursts of ``count`` requests for ``seconds``; return the figures and the memory."""
     with ScaleServer(served.checkpoint, log, *SLOTS, *BLOCKS, plugin=True) as server:
         load = Load(served, server)
-        load.run(count, vanished=vanished)  # lets caches and memory arenas reach their final sizes
+        load.run(count, vanished=True)  # lets caches and memory arenas reach their final sizes
         before, started = server.resident(), time.monotonic()
         halfway: dict[str, int] = {}
         while (passed := time.monotonic() - started) < seconds:
-            load.run(count, vanished=vanished)
+            load.run(count, vanished=True)
             if not halfway and passed > seconds / 2:
                 halfway = server.resident()
             print(round(passed), dict(load.counts), server.resident(), flush=True)
         after = server.resident()
     return {
         "seconds": round(time.monotonic() - started),
-        "vanished adapters": vanished,
         **load.summary(),
         "resident MiB before": before,
         "resident MiB halfway": halfway,

@@ -24,7 +24,6 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--bursts", type=int, default=4)
-    parser.add_argument("--no-vanished", action="store_true")
     parser.add_argument("--result", type=Path, required=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -32,9 +31,7 @@ def main() -> int:
         served = save_served(root)
         beside = run_beside_stock(served, root, arguments.bursts, 200) if arguments.bursts else {}
         print(json.dumps(beside, indent=2), flush=True)
-        soak = run_soak(
-            served, root / "soak.log", arguments.seconds, vanished=not arguments.no_vanished
-        )
+        soak = run_soak(served, root / "soak.log", arguments.seconds)
     result: dict[str, Any] = {
         "vllm": vllm.__version__,
         "vllm-nway-lora": vllm_nway_lora.__version__,

@@ -120,6 +120,19 @@ def activate_adapter(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
         raise
 
 
+def apply_adapters(wrapped: Any, worker_manager: Any, args: Any, kwargs: Any) -> Any:
+    """Use a step's resident adapters first; wraps ``LRUCacheWorkerLoRAManager._apply_adapters``.
+
+    vLLM (0.17.0 to 0.33.0) walks a set: an adapter that it adds can evict one that comes later, which
+    it then reads from disk again. If its files are gone, the engine ends.
+    """
+    requests = args[0] if args else kwargs["lora_requests"]
+    if len(requests) > 1:
+        resident = worker_manager.list_adapters()
+        requests = sorted(filter(None, requests), key=lambda r: r.lora_int_id not in resident)
+    return wrapped(requests)
+
+
 def _is_packed(adapter: Any) -> bool:
     """Return whether an adapter has been added before; dummies of fused layers are packed too."""
     return any(isinstance(weights.lora_a, list) for weights in adapter.loras.values())

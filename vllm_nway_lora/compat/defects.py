@@ -185,6 +185,14 @@ DEFECTS = (
         "An engine in which a failed load fails only its request.",
     ),
     Defect(
+        "evicted-by-its-own-step",
+        "A step that adds an adapter can evict another adapter of the same step, which is then read "
+        "from disk again. If its files are gone, the engine ends.",
+        (Seen("0.17.0", None),),
+        (),
+        "A step that uses its resident adapters first. Not reported upstream as far as we know.",
+    ),
+    Defect(
         "stale-prefix-cache",
         "After other weights have been loaded under an adapter's name, prompts are answered from the "
         "cached prefixes of the old weights.",

@@ -66,6 +66,15 @@ GROUPS = (
                 _wrapped_by("adapters.roads:guard_loading"),
             ),
             Patch(
+                "resident-adapters-first",
+                Need(
+                    "vllm.lora.worker_manager",
+                    "LRUCacheWorkerLoRAManager._apply_adapters",
+                    ("lora_requests",),
+                ),
+                _wrapped_by("adapters.roads:apply_adapters"),
+            ),
+            Patch(
                 "admission-from-memory",
                 Need("vllm.lora.model_manager", "LoRAModelManager._add_adapter", ("lora",)),
                 _wrapped_by("adapters.roads:add_adapter"),
@@ -127,6 +136,7 @@ GROUPS = (
             "served-in-part",
             "patterns-ignored",
             "bias-for-matrix",
+            "evicted-by-its-own-step",
         ),
         (
             Need("vllm.lora.worker_manager", "WorkerLoRAManager._load_adapter", ("lora_request",)),

@@ -151,12 +151,13 @@ NEEDS = (
     *_of(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
-        *("lora_config", "max_num_running_reqs", "running", "waiting"),
+        *("lora_config", "max_num_running_reqs", "requests", "running", "waiting"),
     ),
+    *_of("vllm.v1.core.sched.request_queue", "RequestQueue", "prepend_request", "remove_requests"),
     *_of(
         "vllm.v1.request",
         "Request",
-        *("block_hashes", "client_index", "lora_request", "request_id"),
+        *("block_hashes", "client_index", "lora_request", "request_id", "status"),
     ),
     *_of("vllm.v1.executor.abstract", "Executor", "collective_rpc", "shutdown", "vllm_config"),
     *_of("vllm.v1.worker.gpu_worker", "Worker", "add_lora", "model_runner"),
@@ -194,6 +195,7 @@ RECENT = (
         *("hidden_dim_unpadded", "intermediate_size_per_partition_unpadded"),
     ),
     *_of("vllm.config.lora", "LoRAConfig", "target_modules"),
+    *_of("vllm.v1.core.sched.scheduler", "Scheduler", "kv_holding_waiting"),
 )
 
 _STEP5 = "vllm.models.step5.nvidia.model"

@@ -84,7 +84,12 @@ def add_lora(wrapped: Any, executor: Any, args: Any, kwargs: Any) -> bool:
     return commit(executor, lora_request)
 
 
-def prepare(executor: Any, lora_request: Any, wanted: Collection[Source] | None) -> Sequence[Reply]:
+def prepare(
+    executor: Any,
+    lora_request: Any,
+    wanted: Collection[Source] | None,
+    needed: Collection[Source] = (),
+) -> Sequence[Reply]:
     """Have every rank load and validate an adapter without making room for it.
 
     If a rank fails, all ranks drop the adapter. Updates the prefix cache's label of the adapter.
@@ -94,8 +99,10 @@ def prepare(executor: Any, lora_request: Any, wanted: Collection[Source] | None)
         lora_request: the ``LoRARequest``.
         wanted: the adapters of the unfinished requests; the ranks drop other prepared adapters, and
             do not look at the adapter if its place is taken. None to look at it in any case.
+        needed: the adapters of the next step; if the adapter is one of them, prepared adapters that
+            are not make room for it.
     """
-    replies: list[Reply] = executor.collective_rpc(_prepare, args=(lora_request, wanted))
+    replies: list[Reply] = executor.collective_rpc(_prepare, args=(lora_request, wanted, needed))
     if any(reply.error for reply in replies):
         executor.collective_rpc(_forget, args=(source_of(lora_request),))
     elif replies and replies[0].is_new and note_weights(lora_request.lora_name, replies[0].files):
@@ -118,7 +125,7 @@ def commit(executor: Any, lora_request: Any) -> bool:
         raise AdapterError(
             f"{error} Adapter {lora_request.lora_name!r} has been removed from every rank."
         )
-    residency.learn(source_of(lora_request), replies)
+    residency.learn(replies, source_of(lora_request))
     return all(result for result, _ in added)
 
 
@@ -156,20 +163,29 @@ def _lora_manager(worker: Any) -> Any:
     return manager if roads.owns_manager(manager) else None
 
 
-def _prepare(worker: Any, lora_request: Any, wanted: Collection[Source] | None) -> Reply:
+def _prepare(
+    worker: Any,
+    lora_request: Any,
+    wanted: Collection[Source] | None,
+    needed: Collection[Source],
+) -> Reply:
     """Load and validate an adapter without making room for it."""
     manager = _lora_manager(worker)
     if manager is None:
         return Reply(Status.FOREIGN)
     source = source_of(lora_request)
     try:
-        return _look(manager, lora_request, source, wanted)
+        return _look(manager, lora_request, source, wanted, needed)
     except Exception as error:
         return _reply(manager, Status.FAILED, error=describe_error(error))
 
 
 def _look(
-    manager: Any, lora_request: Any, source: Source, wanted: Collection[Source] | None
+    manager: Any,
+    lora_request: Any,
+    source: Source,
+    wanted: Collection[Source] | None,
+    needed: Collection[Source],
 ) -> Reply:
     if wanted is not None:
         keep_prepared(manager, wanted)
@@ -189,7 +205,10 @@ def _look(
     store = prepared(manager)
     if source in store and not is_replaced:
         return _reply(manager, Status.PREPARED)
-    if wanted is not None and len(store) >= manager._adapter_manager.lora_slots:
+    slots = manager._adapter_manager.lora_slots
+    if source in needed and len(store) >= slots:
+        keep_prepared(manager, needed)
+    if wanted is not None and len(store) >= slots:
         return _reply(manager, Status.NO_ROOM)
     files = list_files(source.path)
     store.pop(source, None)

@@ -3,18 +3,19 @@
 
 An adapter is looked at when its request arrives: every rank loads and validates it, and no other
 adapter gives up its slot or its place. vLLM makes room in the step that schedules the request. An
-adapter that may have been evicted or removed since is looked at again before that step.
+adapter that may have been evicted or removed since is looked at again before that step; until then
+the scheduler does not see its requests.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Collection
 from typing import Any
 
 from vllm_nway_lora.adapters.errors import AdapterError
 from vllm_nway_lora.adapters.prepared import Source, source_of
+from vllm_nway_lora.engine import queues
 from vllm_nway_lora.engine.loading import Status, commit, describe_error, join_errors, prepare
 from vllm_nway_lora.engine.prefix_cache import rehash
 from vllm_nway_lora.engine.residency import find_residency, get_residency
@@ -45,20 +46,35 @@ def add_request(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """Look again at adapters that may be gone; wraps ``EngineCore.step`` and its batch-queue twin.
+    """Run only requests whose adapter is there; wraps ``EngineCore.step`` and its batch-queue twin.
+
+    Looks again at adapters that may be gone, and fails the requests whose adapter cannot be loaded.
 
     Raises:
         AdapterError: as :func:`add_request`.
     """
     residency = find_residency(engine.model_executor)
-    if residency is not None:
-        if residency.is_relabelled:
-            residency.is_relabelled = False
-            for request in _with_lora(engine.scheduler.waiting):
-                rehash(engine, request)
-        if residency.is_stale:
-            _look_again(engine)
-    return wrapped(*args, **kwargs)
+    if residency is None:
+        return wrapped(*args, **kwargs)
+    scheduler = engine.scheduler
+    if residency.is_relabelled:
+        residency.is_relabelled = False
+        for request in queues.waiting(scheduler):
+            rehash(engine, request)
+    if residency.is_stale:
+        _look_again(engine)
+    if residency.is_stale:
+        with queues.hide(scheduler, lambda r: not residency.is_ready(source_of(r.lora_request))):
+            result = wrapped(*args, **kwargs)
+    else:
+        result = wrapped(*args, **kwargs)
+    if residency.may_evict:
+        # The step used the adapters of the running requests, so that they were not evicted.
+        residency.may_evict = False
+        residency.keep(
+            {request.lora_request.lora_int_id for request in queues.with_lora(scheduler.running)}
+        )
+    return result
 
 
 def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
@@ -71,23 +87,36 @@ def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
             residency.forget_all()
 
 
-def _look(engine: Any, lora_request: Any) -> str:
-    """Have every rank look at an adapter that is not known to be there; return the error, if any."""
+def _look(engine: Any, lora_request: Any, needed: Collection[Source] = ()) -> str:
+    """Have every rank look at an adapter that is not known to be there; return the error, if any.
+
+    Args:
+        engine: the engine core.
+        lora_request: the ``LoRARequest``.
+        needed: the adapters that the next step needs more; others make room for this one.
+    """
     executor, source = engine.model_executor, source_of(lora_request)
     residency = get_residency(executor)
     is_replaced = getattr(lora_request, "load_inplace", False)
     if residency.is_ready(source) and not is_replaced:
         return ""
-    residency.in_use = {r.lora_request.lora_int_id for r in _with_lora(engine.scheduler.running)}
+    unfinished = {source_of(r.lora_request) for r in queues.unfinished(engine.scheduler)}
     try:
-        replies = prepare(executor, lora_request, {source, *_wanted(engine.scheduler)})
+        replies = prepare(executor, lora_request, {source, *unfinished}, needed)
     except Exception as failed:  # a call to the workers that fails must not end the engine here
         return describe_error(failed)
     if any(reply.status is Status.FOREIGN for reply in replies):
         residency.is_foreign = True
         return ""
     if error := join_errors(replies):
+        residency.learn(replies)
         return error
+    if any(reply.status is Status.NO_ROOM for reply in replies):
+        residency.learn(replies)
+        residency.forget(source.id)
+        residency.is_stale = True  # to be looked at before the step that schedules the request
+        return ""
+    residency.learn(replies, source)
     if is_replaced:
         if any(reply.status is Status.REPLACES for reply in replies):
             try:
@@ -96,66 +125,31 @@ def _look(engine: Any, lora_request: Any) -> str:
                 return str(failed)
         # The flag is done with: every later step would reload the adapter.
         lora_request.load_inplace = False
-    if any(reply.status is Status.NO_ROOM for reply in replies):
-        residency.is_stale = True  # to be looked at before the step that schedules the request
-    else:
-        residency.learn(source, replies)
     return ""
 
 
 def _look_again(engine: Any) -> None:
     """Look at the adapters of the requests that the next step may run; fail those without one."""
-    residency = get_residency(engine.model_executor)
-    residency.is_stale = False
+    scheduler, residency = engine.scheduler, get_residency(engine.model_executor)
     errors: dict[Source, str] = {}
     failed = {}
-    for request in list(_next_requests(engine)):
+    requests = queues.next_requests(scheduler)
+    needed: set[Source] = set()
+    for request in requests:
         source = source_of(request.lora_request)
-        if source not in errors:
-            errors[source] = _look(engine, request.lora_request)
-        if errors[source]:
-            failed[request.request_id] = errors[source]
-    residency.is_stale |= any(
-        not residency.is_ready(source_of(request.lora_request))
-        for request in _with_lora(engine.scheduler.waiting)
+        needed.add(source)
+        error = errors.get(source) or _look(engine, request.lora_request, needed)
+        if error:
+            errors[source] = failed[request.request_id] = error
+    if failed:
+        lost = [request for request in requests if request.request_id in failed]
+        engine.abort_requests(list(failed))
+    residency.is_stale = not all(
+        residency.is_ready(source_of(request.lora_request))
+        for request in queues.unfinished(scheduler)
     )
     if failed:
-        scheduler = engine.scheduler
-        requests = [
-            r for r in chain(scheduler.running, scheduler.waiting) if r.request_id in failed
-        ]
-        engine.abort_requests(list(failed))
-        _fail(engine, failed, requests)
-
-
-def _next_requests(engine: Any) -> Iterator[Any]:
-    """Yield the running requests with LoRA, and the waiting ones that the next step may schedule.
-
-    The scheduler runs at most ``max_loras`` adapters at a time (v1/core/sched/scheduler.py, 0.17.0 to
-    0.33.0).
-    """
-    scheduler = engine.scheduler
-    running = list(_with_lora(scheduler.running))
-    yield from running
-    adapters = {request.lora_request.lora_int_id for request in running}
-    if len(scheduler.running) < scheduler.max_num_running_reqs:
-        for request in _with_lora(scheduler.waiting):
-            lora_id = request.lora_request.lora_int_id
-            if lora_id in adapters or len(adapters) < scheduler.lora_config.max_loras:
-                adapters.add(lora_id)
-                yield request
-
-
-def _with_lora(requests: Any) -> Iterator[Any]:
-    return (request for request in requests if request.lora_request is not None)
-
-
-def _wanted(scheduler: Any) -> Iterator[Source]:
-    """Yield the adapters of the unfinished requests."""
-    return (
-        source_of(request.lora_request)
-        for request in _with_lora(chain(scheduler.running, scheduler.waiting))
-    )
+        _fail(engine, failed, lost)
 
 
 def _fail(engine: Any, errors: dict[str, str], requests: list[Any]) -> None:

@@ -20,10 +20,10 @@ class Residency:
 
     Attributes:
         capacity: ``--max-cpu-loras``: a worker evicts the least recently used adapter beyond it.
-        ready: id -> adapter that every rank has, resident or prepared: a step can load it without a
-            file.
-        in_use: ids of the running requests' adapters, as of the last look; a worker keeps these.
-        is_stale: an adapter has left ``ready``, and a request that waits or runs may need it.
+        ready: id -> adapter that every rank has, resident or prepared: a step can use it without
+            reading a file.
+        may_evict: the next step may add more adapters than a worker keeps.
+        is_stale: an adapter is not in ``ready``, and a request that waits or runs may need it.
         is_relabelled: the prefix cache's label of an adapter has changed, and a waiting request may have
             been hashed before.
         is_foreign: the workers have no LoRA manager of vLLM's kind.
@@ -31,7 +31,7 @@ class Residency:
 
     capacity: int
     ready: dict[int, Source] = field(default_factory=dict)
-    in_use: Collection[int] = ()
+    may_evict: bool = False
     is_stale: bool = False
     is_relabelled: bool = False
     is_foreign: bool = False
@@ -40,26 +40,29 @@ class Residency:
         """Return whether a step can use the adapter without reading a file."""
         return self.is_foreign or self.ready.get(source.id) == source
 
-    def learn(self, source: Source, replies: Sequence[Reply]) -> None:
-        """Add an adapter that every rank has, and drop those that a rank may evict for it."""
-        held = [{*reply.resident, *reply.prepared} for reply in replies]
-        kept = set.intersection(*held)
-        if any(len(reply.resident) + len(reply.prepared) > self.capacity for reply in replies):
-            # When the prepared adapters become resident, others are evicted.
-            kept &= {*self.in_use, *(i for reply in replies for i in reply.prepared), source.id}
+    def learn(self, replies: Sequence[Reply], added: Source | None = None) -> None:
+        """Drop the adapters that a rank lacks, and add one that every rank has."""
+        self.keep(set.intersection(*({*reply.resident, *reply.prepared} for reply in replies)))
+        if added:
+            self.ready[added.id] = added
+        self.may_evict = any(
+            reply.prepared and len(reply.resident) + len(reply.prepared) > self.capacity
+            for reply in replies
+        )
+
+    def keep(self, ids: Collection[int]) -> None:
+        """Drop every adapter that is not in ``ids``."""
         before = len(self.ready)
-        self.ready = {i: known for i, known in self.ready.items() if i in kept}
+        self.ready = {i: source for i, source in self.ready.items() if i in ids}
         self.is_stale |= len(self.ready) < before
-        self.ready[source.id] = source
 
     def forget(self, lora_id: int) -> None:
         """Drop one adapter."""
-        self.is_stale |= self.ready.pop(lora_id, None) is not None
+        self.keep(self.ready.keys() - {lora_id})
 
     def forget_all(self) -> None:
         """Drop every adapter: somebody else has called the workers."""
-        self.is_stale |= bool(self.ready)
-        self.ready.clear()
+        self.keep(())
 
 
 def get_residency(executor: Any) -> Residency:

@@ -102,7 +102,7 @@ class PlatformEngine(Engine):
     def _stock_step(self) -> None:
         waiting = self.scheduler.waiting
         while waiting:
-            request = waiting.pop(0)
+            request = waiting.popleft()
             for worker in self.model_executor.workers:
                 worker.step(request.lora_request)
             self.finished.append(request.request_id)
