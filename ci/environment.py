@@ -25,6 +25,9 @@ TEST_REQUIREMENTS = ["peft>=0.17", "pytest>=8", "hypothesis>=6.100"]
 LINT_REQUIREMENTS = [
     *("ruff==0.14.0", "mypy==1.18.2", "import-linter==2.17"),
     *("packaging", "wrapt"),
+    *("twine==7.0.0", "check-wheel-contents==0.6.3", "pyroma==5.0.1"),
+    *("zizmor==1.32.0", "check-jsonschema==0.39.0"),
+    *("mkdocs==1.6.1", "mkdocs-material==9.8.2"),
 ]
 
 
@@ -59,13 +62,37 @@ def matrix() -> dict[str, Any]:
 
 
 def row(release: str) -> dict[str, Any]:
-    """Return a release's row of ``ci/matrix.toml``; ``newest`` is the release published last.
+    """Return a row of ``ci/matrix.toml``.
+
+    ``release`` is a release, ``newest`` (the release published last) or ``python-3.12`` (a release on
+    that version of Python).
 
     Raises:
-        KeyError: the file has no such release.
+        KeyError: the file has no such row.
     """
     rows: dict[str, dict[str, Any]] = {**matrix()["release"], "newest": matrix()["newest"]}
+    for version, of in matrix()["python"].items():
+        rows[f"python-{version}"] = {
+            **{key: rows[of["release"]][key] for key in ("distribution", "torch")},
+            "release": of["release"],
+            "python": version,
+        }
     return rows[release]
+
+
+def repository() -> str:
+    """Return the address of the repository, from pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return str(project["urls"]["Repository"])
+
+
+def build(folder: Path) -> list[Path]:
+    """Build the source distribution, and the wheel from it; return both files.
+
+    The folder is emptied first.
+    """
+    run(uv(), "build", "--quiet", "--clear", "--out-dir", folder)
+    return sorted(folder.glob("*.tar.gz")) + sorted(folder.glob("*.whl"))
 
 
 @functools.cache
@@ -96,7 +123,7 @@ def release_environment(release: str | None = None) -> Path:
     if release != "newest":
         together = {"torch": wanted["torch"], **matrix()["torch"][wanted["torch"]]}
         pins = [f"{name}=={version}" for name, version in together.items()]
-        distribution += f"=={release}"
+        distribution += f"=={wanted.get('release', release)}"
     packages = [distribution, "torchvision", *TEST_REQUIREMENTS]
     python = _environment(f"vllm-{release}", packages, pins, wanted.get("python", sys.executable))
     before = _distributions(python)
@@ -109,7 +136,7 @@ def release_environment(release: str | None = None) -> Path:
 
 
 def lint_environment() -> Path:
-    """Return the Python of the environment with ruff and mypy."""
+    """Return the Python of the environment with the linters and MkDocs."""
     return _environment("lint", LINT_REQUIREMENTS, [], sys.executable)
 
 

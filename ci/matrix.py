@@ -3,6 +3,7 @@
     python3 ci/matrix.py                    # every release, except suites that have passed already
     python3 ci/matrix.py 0.21.0 0.24.0..    # one release; a range, which may be open on either side
     python3 ci/matrix.py --suite layers --again boundary
+    python3 ci/matrix.py python             # the versions of Python; python-3.12 is one of them
 
 Each release's figures are saved in ``ci/results/<release>.json``; the README's table of releases is
 written from these files. Each suite's output is saved in ``logs/`` in the cache folder. A suite that
@@ -79,6 +80,7 @@ def select(asked: Iterable[str]) -> list[str]:
         KeyError: the matrix has no release of that name.
     """
     known = [*environment.matrix()["release"], "newest"]
+    pythons = [f"python-{version}" for version in environment.matrix()["python"]]
     chosen = set()
     for name in asked:
         first, dots, last = name.partition("..")
@@ -87,19 +89,25 @@ def select(asked: Iterable[str]) -> list[str]:
         elif name == "boundary":
             chosen.add(known[0])
             chosen.update(r for r in known[:-1] if environment.row(r).get("also"))
+        elif name == "default":
+            chosen.add(environment.matrix()["default"])
+        elif name == "python":
+            chosen.update(pythons)
         elif dots:
             start = known.index(first) if first else 0
             chosen.update(known[start : known.index(last) + 1 if last else -1])
-        elif name in known:
+        elif name in known or name in pythons:
             chosen.add(name)
         else:
             raise KeyError(f"ci/matrix.toml has no release {name}")
-    return [release for release in known if release in chosen]
+    return [release for release in [*known, *pythons] if release in chosen]
 
 
 def suites(release: str) -> list[str]:
     """Return the suites of a release, in the order in which they run."""
     row = environment.row(release)
+    if "release" in row:
+        return ["quick"]
     everywhere = environment.matrix()["suites"]["everywhere"]
     return [*(s for s in everywhere if s not in row.get("without", [])), *row.get("also", [])]
 

@@ -1,4 +1,7 @@
-"""Draw the README's pictures of the command, at the shapes of published models: ``python3 ci/pictures.py``."""
+"""Draw the pictures of the pages: ``python3 ci/pictures.py``.
+
+Those of the command are at the shapes of published models.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import diagrams
 import environment
 
 #: Code that saves an adapter of rank 8 on the gated delta nets' ``in_proj_z`` of Qwen3.5-9B.
@@ -33,9 +37,13 @@ PICTURES = {
 
 
 def main() -> int:
-    """Save every picture in ``docs/``; return 0."""
-    python = environment.release_environment()
+    """Save every picture in ``docs/``; return 0. With ``diagrams``, save only those without vLLM."""
     docs = environment.ROOT / "docs"
+    for name, draw in diagrams.DIAGRAMS.items():
+        (docs / f"{name}.svg").write_text(draw())
+    if sys.argv[1:] == ["diagrams"]:
+        return 0
+    python = environment.release_environment()
     work = environment.CACHE / "pictures"
     for model in _MODELS:
         (work / model).mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "ci"), str(ROOT / "tests")]
 
-import tables  # noqa: E402  # found by the path above
+import published_tables  # noqa: E402  # found by the path above
+import tables  # noqa: E402
 
 
 def main() -> int:
@@ -40,12 +41,27 @@ def render(text: str, page: str = "README.md") -> str:
     return tables.fill(text, PAGES[page], "ci/readme.py")
 
 
+def install() -> str:
+    """Return the commands that install the plugin from its repository and serve a model."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    clone = f"git clone {project['urls']['Repository']} && pip install ./{project['name']}"
+    lines = (
+        "# not on PyPI yet",
+        clone,
+        "vllm serve MODEL --enable-lora   # as before: no further setting is needed",
+    )
+    return "".join(f"\n    {line}" for line in lines) + "\n\n"
+
+
 def demo() -> str:
     """Return the table of the last saved results of ``ci/demo.py``."""
     rows = json.loads((RESULTS / "demo.json").read_text())
     return tables.table(
         ("served model", "adapter on", "stock vLLM 0.32.0", "with the plugin", "base model"),
-        ((r["model"], r["adapter"], _mark(r["stock"]), r["plugin"], r["noise"]) for r in rows),
+        (
+            (r["model"], r["adapter"], tables.mark(r["stock"]), r["plugin"], r["noise"])
+            for r in rows
+        ),
     )
 
 
@@ -63,7 +79,11 @@ def families() -> str:
             name = fused.layer.rpartition(".")[2]
             seen = "itself" if modules == name else modules
             # Stock vLLM is no longer measured on a family that newer releases do not have.
-            stock = ("",) * 4 if family.until else (_mark(outcome.value) for outcome in fused.stock)
+            stock = (
+                ("",) * 4
+                if family.until
+                else (tables.mark(outcome.value) for outcome in fused.stock)
+            )
             outputs = f"{len(fused.modules)} → {fused.n_outputs}"
             lines.append((f"`{name}`", seen, outputs, *stock, fused.plugin.value))
             outcomes.append(fused.plugin.value)
@@ -90,6 +110,7 @@ SINCE_0_2 = {
     "quantised_engines": "quantised bases",
     "gpu_kernels": "GPU kernels",
     "gpu_families": "families on GPU kernels",
+    "upstream": "docs/upstream",
 }
 
 
@@ -112,6 +133,18 @@ def releases() -> str:
     headings = ("unit", "layers", "engine, TP=2", "stock's defects", *later.values())
     own_tests = "vLLM's own tests, off → on"
     return tables.table(("vLLM", "torch", "Python", *headings, own_tests), rows)
+
+
+def pythons() -> str:
+    """Return the table of the versions of Python, from the figures that ``ci/matrix.py`` has saved."""
+    rows = []
+    for version, of in tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["python"].items():
+        path = RESULTS / f"python-{version}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            suites = result["suites"]
+            rows.append((result["python"], of["release"], *map(_figure, suites.values())))
+    return tables.table(("Python", "vLLM", "tests"), rows)
 
 
 def _figure(counts: dict[str, int] | None) -> str:
@@ -142,10 +175,21 @@ def defects() -> str:
     )
 
 
-def _mark(verdict: str) -> str:
-    """Return a verdict in bold if the adapter is not served as PEFT serves it."""
-    outcome, colon, rest = verdict.partition(":")
-    return verdict if outcome in ("exact", "matches") else f"**{outcome}**{colon}{rest}"
+def upstream() -> str:
+    """Return the index of the pages of docs/upstream: first the defects that vLLM does not report."""
+    from support.upstream import code_of, pages
+
+    from vllm_nway_lora.compat.defects import find
+
+    rows = []
+    for name, page in pages().items():
+        heading = page.read_text().splitlines()[0].removeprefix("# ")
+        defect = find(name)
+        seen = " ".join(f"`{message}`" for message in defect.seen[-1].messages) or "none"
+        fix = "code" if len(code_of(page)) == 2 else "words"
+        rows.append((f"[{heading}]({page.name})", seen, " ".join(defect.upstream), fix))
+    rows.sort(key=lambda row: row[1] != "none")
+    return tables.table(("page", "error text", "threads", "fix as"), rows)
 
 
 def layouts() -> str:
@@ -211,68 +255,17 @@ def gpu_engines() -> str:
     return tables.table(headings, cells)
 
 
-def models() -> str:
-    """Return the table of published models, from the result that ``ci/published.py`` has saved."""
-    rows = [row for of in _published()["rows"].values() for row in of]
-    # Sizes with the same words share a line.
-    lines: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        words = [_published_words(row, side) for side in ("stock", "plugin")]
-        parts = dict.fromkeys(
-            _part(module) for modules in row["left out"].values() for module in modules
-        )
-        left_out = ", ".join(f"`{part}`" for part in parts)
-        of_model = (row["model"], row["precision"], row["layers"])
-        lines.setdefault((*of_model, row["adapter"], *words, left_out), []).append(row)
-    cells = []
-    for key, of in lines.items():
-        figures = [", ".join(str(row[name]) for row in of) for name in ("seconds", "mib")]
-        worker = "same" if not any("fault" in row for row in of) else "**differs**"
-        sizes = ", ".join(str(row["tp"]) for row in of)
-        cells.append((*key[:3], sizes, *key[3:], worker, *figures))
-    headings = (
-        *("model", "precision", "layers", "TP", "adapter", "stock vLLM", "with the plugin"),
-        *("left out", "worker", "CPU s", "MiB"),
-    )
-    return tables.table(headings, cells)
-
-
-def models_summary() -> str:
-    """Return what the rows of published models say together."""
-    result = _published()
-    rows = [row for of in result["rows"].values() for row in of]
-    lines = [f"{len({row['model'] for row in rows})} configurations, {len(rows)} rows."]
-    for side, name in (("stock", "Stock vLLM"), ("plugin", "With the plugin")):
-        outcomes = [row[side] for row in rows]
-        counts = sorted({(-outcomes.count(outcome), outcome) for outcome in outcomes})
-        lines.append(f"{name}: {', '.join(f'{-count} {outcome}' for count, outcome in counts)}.")
-    same = sum("fault" not in row for row in rows)
-    lines.append(f"The worker has the words of `check` on {same} of {len(rows)} rows.")
-    return " ".join(lines) + "\n"
-
-
-def _published() -> dict[str, Any]:
-    release = tomllib.loads((ROOT / "ci" / "matrix.toml").read_text())["default"]
-    found: dict[str, Any] = json.loads((RESULTS / f"published-{release}.json").read_text())
-    return found
-
-
-def _published_words(row: dict[str, Any], side: str) -> str:
-    reason = row[f"{side} reason"].replace("|", "\\|")
-    return _mark(f"{row[side]}: {reason}" if reason else row[side])
-
-
-def _part(module: str) -> str:
-    """Return the part of a model in which a module is."""
-    names = [name for name in module.split(".") if name != "model"]
-    return names[0]
-
-
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"demo": demo},
+    "README.md": {"install": install, "demo": demo},
     "docs/families.md": {"families": families},
-    "docs/releases.md": {"releases": releases, "gpu engines": gpu_engines, "defects": defects},
-    "docs/models.md": {"summary": models_summary, "models": models},
+    "docs/releases.md": {
+        "releases": releases,
+        "pythons": pythons,
+        "gpu engines": gpu_engines,
+        "defects": defects,
+    },
+    "docs/models.md": {"summary": published_tables.summary, "models": published_tables.models},
+    "docs/upstream/index.md": {"upstream": upstream},
     "docs/layouts.md": {
         "layouts": layouts,
         "expert layouts": expert_layouts,

@@ -28,7 +28,9 @@ def run_pytest(
     """
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
-    command = [str(python), "-P", "-m", "pytest", "--junitxml", str(report), *arguments]
+    # The script, because `python -m pytest` would import the sources in place of the wheel, and `-P`,
+    # which prevents that, came with Python 3.11.
+    command = [str(python), str(python.parent / "pytest"), "--junitxml", str(report), *arguments]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **variables}
     env |= environment.row(release).get("environment", {})
     with log.open("w") as output:

@@ -25,3 +25,9 @@ def table(headings: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """Return a Markdown table."""
     lines = [headings, ("---",) * len(headings), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def mark(verdict: str) -> str:
+    """Return a verdict in bold if the adapter is not served as PEFT serves it."""
+    outcome, colon, rest = verdict.partition(":")
+    return verdict if outcome in ("exact", "matches") else f"**{outcome}**{colon}{rest}"

@@ -12,38 +12,24 @@ import environment
 import runner
 from progress import Progress
 
-#: ``--quick``: a part of every room, and one engine, on the default release.
-QUICK = (
-    "tests/compat/test_patching.py",
-    "tests/rows/test_plan.py",
-    "tests/models/test_tables.py",
-    "tests/layers/test_set_lora.py",
-    "tests/adapters/test_layouts.py",
-    "tests/adapters/test_names.py",
-    "tests/engine/test_requests.py",
-    "tests/diagnosis/test_usage.py",
-    "tests/end_to_end/test_release.py",
-)
-
 
 def main() -> int:
     """Lint, check types, run all tests on the default release and some suites on other releases.
 
-    With ``--lint``, only lint and check types. With ``--quick``, run a part of the tests, on the default
+    With ``--lint``, only lint and check types. With ``--docs``, only build the site. With ``--quick``, run a part of the tests, on the default
     release. Other arguments are passed to pytest, which then runs on the default release only. With
     ``--durations``, save how long each suite took. Return 0 if everything passed.
     """
-    lint = environment.lint_environment()
-    environment.run(lint, "-m", "ruff", "check")
-    environment.run(lint, "-m", "ruff", "format", "--check")
-    environment.run(lint, "-m", "mypy")
-    environment.run(lint.parent / "lint-imports")
     arguments = sys.argv[1:]
+    if arguments == ["--docs"]:
+        build_site()
+        return 0
+    lint()
     if arguments == ["--lint"]:
         return 0
     python = environment.release_environment()
     if arguments == ["--quick"]:
-        arguments = [*QUICK, "-q"]
+        arguments = [*runner.paths(["quick"]), "-q"]
     if arguments and arguments != ["--durations"]:
         return 0 if run_default(python, arguments) else 1
     # ci/matrix.py runs these two, with one engine per release.
@@ -53,13 +39,52 @@ def main() -> int:
     engines = ["tests/end_to_end", *(f"--ignore={path}" for path in one_per_release)]
     engines += ["tests/moe/test_engine.py", "tests/quantised/test_engine.py"]
     engines += ["tests/scale/test_load.py"]
-    pages = ["tests/test_readme.py", "tests/test_docs.py", "tests/test_structure.py"]
+    pages = [
+        f"tests/test_{name}.py" for name in ("readme", "docs", "packaging", "structure", "upstream")
+    ]
     with ThreadPoolExecutor() as pool:
         # In parallel with the engines: an engine that starts leaves a core idle.
         rest = pool.submit(run_suites, python, bool(arguments))
         passed = run_default(python, [*pages, *engines])
         passed = rest.result() and passed
     return 0 if passed else 1
+
+
+def lint() -> None:
+    """Lint the code, check types, the workflows, the distributions and the site.
+
+    Raises:
+        subprocess.CalledProcessError: one of them is not right.
+    """
+    python = environment.lint_environment()
+    tools = python.parent
+    environment.run(python, "-m", "ruff", "check")
+    environment.run(python, "-m", "ruff", "format", "--check")
+    environment.run(python, "-m", "mypy")
+    environment.run(tools / "lint-imports")
+    workflows = sorted((environment.ROOT / ".github" / "workflows").glob("*.yml"))
+    schema = ("--builtin-schema", "vendor.github-workflows")
+    environment.run(tools / "check-jsonschema", *schema, *workflows)
+    environment.run(tools / "zizmor", "--offline", "--quiet", ".github")
+    built = environment.build(environment.CACHE / "distributions")
+    environment.run(tools / "twine", "check", "--strict", *built)
+    environment.run(tools / "check-wheel-contents", built[-1])
+    # The project has no address for mail; its address for reports is that of the issues.
+    environment.run(tools / "pyroma", "-n", "10", "--skip-tests", "AuthorEmail", built[0])
+    build_site()
+
+
+def build_site() -> None:
+    """Build the site of ``docs`` in the cache folder.
+
+    Raises:
+        subprocess.CalledProcessError: a page has a dead link, or is missing in the navigation.
+    """
+    mkdocs = environment.lint_environment().parent / "mkdocs"
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    environment.run(
+        mkdocs, "build", "--strict", "--site-dir", environment.CACHE / "site", env=quiet
+    )
 
 
 def run_default(python: Path, arguments: list[str]) -> bool:

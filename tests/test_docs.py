@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,3 +60,38 @@ def test_own_texts_are_produced_and_tested(text: str) -> None:
         if text not in OF_VLLM:
             assert part in PRODUCED
         assert part in EXPECTED
+
+
+def test_drawings_are_up_to_date() -> None:
+    code = (
+        "import diagrams, json; print(json.dumps({n: d() for n, d in diagrams.DIAGRAMS.items()}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "ci", check=True, capture_output=True, text=True
+    )
+    drawings = json.loads(done.stdout)
+    assert len(drawings) == 2
+    for name, drawing in drawings.items():
+        text = (ROOT / "docs" / f"{name}.svg").read_text()
+        assert text == drawing, "run `python3 ci/pictures.py diagrams`"
+        assert f"]({name}.svg)" in (ROOT / "docs" / "how-it-works.md").read_text()
+
+
+def test_every_picture_is_on_a_page() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {link for page in pages for link in re.findall(r"\]\(([^)]+\.svg)\)", page.read_text())}
+    pictures = {path.name for path in (ROOT / "docs").glob("*.svg")}
+    assert len(pictures) == 5
+    assert pictures == {Path(link).name for link in shown}
+
+
+def test_links_between_the_pages_lead_to_files() -> None:
+    pages = [*ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
+    links = [
+        (page, link.partition("#")[0])
+        for page in pages
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+        if ":" not in link and not link.startswith("#")
+    ]
+    assert len(links) > 50
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vllm_nway_lora.diagnosis.translate import Translation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "register", "translate", "unregister"]
 
 

@@ -12,6 +12,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+#: The working folder of child processes: not the repository, whose sources would be imported in place of
+#: the installed wheel. (`python -P` prevents that too, from Python 3.11 on.)
+TESTS = Path(__file__).resolve().parent.parent
 #: Seconds. Only a process that hangs takes that long: one that imports vLLM takes 10 to 60 seconds of
 #: processor time, and many times that by the clock while other tests use the machine.
 TIME_LIMIT = 3600
@@ -34,7 +37,8 @@ def run_python(
         if value is not None:
             env[name] = value
     return subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code), *arguments],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=TESTS,
         env=env,
         capture_output=True,
         text=True,
@@ -71,7 +75,8 @@ def run_module(
     """
     with log.open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, json.dumps(job)],
+            [sys.executable, "-m", module, json.dumps(job)],
+            cwd=TESTS,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,

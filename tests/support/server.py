@@ -47,7 +47,7 @@ class Server:
         self._tick = tick
         # `vllm serve` needs a distribution named vllm; the CPU build has another name.
         self._command = [
-            *(sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"),
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port)),
             *("--tensor-parallel-size", str(tensor_parallel_size), "--dtype", "bfloat16"),
             *("--enable-lora", "--max-loras", "8", "--max-lora-rank", "16"),
@@ -63,6 +63,7 @@ class Server:
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self._command,
+                cwd=TESTS,
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
