@@ -16,7 +16,7 @@ from support import manager, tiny
 from support.frameworks import areal, platforms, tensors, unsloth, workarounds
 from support.frameworks.framework import Framework
 from support.tiny import PREFIX, SHAPES
-from vllm_nway_lora.compat import groups
+from vllm_nway_lora.compat import groups, registration
 from vllm_nway_lora.compat.patching import MissingAttributeError
 
 #: Stand-in's name -> its class.
@@ -134,11 +134,18 @@ def serve(name: str, order: str, folder: Path) -> Served:
                 continue
             served.damaged[fault] = attempt(damage(tiny.tensors(1, whole)))
     served.is_resident = not has_room or rank.is_exact(1, resident)
+    # What the framework has replaced since stays.
+    replaced = [
+        (placed.owner, placed.name)
+        for placed in registration.placed().values()
+        if placed.current is not placed.replacement
+    ]
     vllm_nway_lora.unregister()
     served.left = [
         f"{owner}.{attribute}"
         for owner, attribute, found in before
         if inspect.getattr_static(owner, attribute) is not found
+        and (owner, attribute) not in replaced
     ]
     return served
 
