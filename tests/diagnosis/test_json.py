@@ -11,6 +11,7 @@ import pytest
 from support.layout_models import MODELS
 from support.layouts import checkpoint
 from support.models import import_classes, save_config
+from support.release import needs_qwen3_5_text
 
 from vllm_nway_lora import cli
 from vllm_nway_lora.diagnosis.as_json import FORMAT
@@ -20,6 +21,7 @@ TEXT = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
 MODEL = next(model for model in MODELS if model.name == "Qwen3.5 text")
 
 
+@needs_qwen3_5_text
 def test_every_field_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_config(tmp_path, MODEL.config)
     import_classes(MODEL.config)
@@ -38,6 +40,7 @@ def test_every_field_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"is {FORMAT}." in TEXT
 
 
+@needs_qwen3_5_text
 @pytest.mark.parametrize("arguments", [["--json"], ["--width", "80"]])
 def test_a_second_answer_is_the_first_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]

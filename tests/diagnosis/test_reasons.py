@@ -12,6 +12,7 @@ from support.families.family import COMMON
 from support.layout_models import MODELS
 from support.layouts import PREFIX, Files, checkpoint
 from support.models import import_classes, save_config
+from support.release import needs_qwen3_5_text
 
 from vllm_nway_lora.adapters import admission
 from vllm_nway_lora.diagnosis.check import check_adapter
@@ -43,6 +44,7 @@ def save_a_module_whole(files: Files) -> None:
     files.config["modules_to_save"] = ["embed_tokens"]
 
 
+@needs_qwen3_5_text
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -65,6 +67,7 @@ def test_the_reason_is_the_one_of_the_page(
     assert reason in report.plugin.reason
 
 
+@needs_qwen3_5_text
 def test_a_layout_that_nobody_has_thought_of_is_refused(tmp_path: Path) -> None:
     save_config(tmp_path, MODEL.config)
     import_classes(MODEL.config)

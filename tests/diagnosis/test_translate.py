@@ -47,7 +47,9 @@ def test_a_translation_has_the_same_products(model: Model, layout: Layout, tmp_p
     translated = deltas(found, found.config)
     assert translated.keys() == products.keys()
     assert all(torch.equal(translated[module], products[module]) for module in products)
-    assert bool(found.rules) == (files.tensors.keys() != expected.tensors.keys())
+    # Releases to 0.24.0 do not read the patterns, which files in the checkpoint's layout can have too.
+    rules = [rule for rule in found.rules if "rank_pattern" not in rule]
+    assert bool(rules) == (files.tensors.keys() != expected.tensors.keys())
 
 
 def test_the_process_is_left_as_it_was(tmp_path: Path) -> None:

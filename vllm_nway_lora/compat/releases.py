@@ -26,10 +26,6 @@ TESTED = KNOWN
 FIRST = Version(KNOWN[0])
 LAST = Version(KNOWN[-1])
 
-#: The first release with a text-only Qwen3.5 class (model_executor/models/registry.py). The engine
-#: tests serve that class, and a model of their own on older releases.
-QWEN3_5_TEXT = Version("0.27.0")
-
 
 class Support(enum.Enum):
     """How this package supports a vLLM version."""
