@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 import pytest
+import vllm
+from packaging.version import Version
 from support import published, published_adapters
 from support.models import import_classes
 from support.worker import Worker, predict
@@ -32,6 +34,8 @@ OPTIONS = ServerOptions(tensor_parallel_size=2, max_lora_rank=64)
 def test_an_adapter_of_peft_on_a_published_model_is_exact(
     tmp_path: Path, name: str, adapter: str
 ) -> None:
+    if name == "Gemma-4-31B" and Version(vllm.__version__) < Version("0.27.0"):
+        pytest.skip("this vLLM cannot read Gemma 4's configuration of transformers 5")
     config = published.shorten(published.read(name))
     model = published.save(config, tmp_path / "model")
     import_classes(config)
