@@ -81,8 +81,8 @@ def _find_absorbed(model: nn.Module) -> list[Reader]:
     """Return the layers whose weights vLLM's MLA attention has copied into its own.
 
     It multiplies by the parts of ``kv_b_proj`` when it decodes, also where its implementation does not
-    keep the layer (the sparse ones until 0.24.0). :mod:`vllm_nway_lora.layers.mla` corrects some of them. DeepSeek-V3.2's attention is one of its subclasses
-    and calls the other layers.
+    keep the layer (the sparse ones until 0.24.0). DeepSeek-V3.2's attention is one of its subclasses
+    and calls the other layers. What :mod:`vllm_nway_lora.layers.mla` has corrected is returned too.
     """
     return [
         Reader(attention, name, child.base_layer, is_child=False)
