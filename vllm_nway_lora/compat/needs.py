@@ -118,7 +118,7 @@ NEEDS = (
         _MLA,
         "MLAAttention",
         *("_v_up_proj", "forward_impl", "impl", "kv_b_proj", "kv_cache_dtype", "kv_lora_rank"),
-        *("layer_name", "num_heads", "qk_nope_head_dim", "v_head_dim"),
+        *("layer_name", "num_heads", "qk_nope_head_dim", "use_sparse", "v_head_dim"),
     ),
     *_of(
         _MLA,
