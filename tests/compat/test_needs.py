@@ -36,6 +36,7 @@ EXCEPTIONS = {
     "cache": "functools.cache",
     "capacity": "of `Residency`",
     "config": "of a model, read with a default",
+    "decode": "of `rows.codes`",
     "experts": "of `Mixture`",
     "is_3d_moe_weight": "of a model's class, read with a default",
     "kwargs": "of `Call`",

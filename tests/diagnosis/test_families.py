@@ -152,14 +152,19 @@ def test_check_of_100_layers_and_400_modules_takes_under_3_seconds(tmp_path: Pat
 
 
 def test_check_knows_a_weight_that_is_read_past_its_layer(tmp_path: Path) -> None:
-    """Without stubs: the attention keeps the layer."""
+    """Without stubs: the attention reads the weight. On CPU it is corrected, except where A is cut."""
     [config] = [f.config for f in FAMILIES if f.name.startswith("DeepSeek-V3,")]
     save_config(tmp_path, config)
     import_classes(config)
     rows = config["num_attention_heads"] * (config["qk_nope_head_dim"] + config["v_head_dim"])
     pair = torch.zeros(8, config["kv_lora_rank"]), torch.zeros(rows, 8)
     save_adapter(tmp_path, {"model.layers.0.self_attn.kv_b_proj": pair})
-    report = check_adapter(str(tmp_path), str(tmp_path))
+    report = check_adapter(str(tmp_path), str(tmp_path), TWO_RANKS)
+    assert report.plugin.outcome is Outcome.EXACT, report.plugin.reason
+    assert report.stock.outcome in (Outcome.WRONG, Outcome.IGNORED)
+    sharded = ServerOptions(tensor_parallel_size=2, fully_sharded_loras=True)
+    report = check_adapter(str(tmp_path), str(tmp_path), sharded)
     assert report.plugin.outcome is Outcome.REFUSED
     assert "uses the layer's weight past its LoRA" in report.plugin.reason
+    assert "--fully-sharded-loras" in report.plugin.reason
     assert report.stock.outcome in (Outcome.WRONG, Outcome.IGNORED)

@@ -16,7 +16,7 @@ from support.server import engine_environment
 #: K loaded into V too; a gate with a second name; a weight that is read past its layer.
 FAMILIES = ("Gemma 4, K equals V", "Qwen2 MoE", "DeepSeek-V3")
 #: These classes of vLLM have no LoRA on embeddings and heads.
-REFUSED = re.compile(r"(lm_head|embed_tokens|\.kv_b_proj)$")
+REFUSED = re.compile(r"(lm_head|embed_tokens)$")
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,11 @@ from support.families.mla import MLA_STUBS
 from support.models import RankModel
 from support.verdicts import is_in_installed_vllm, stub_dependencies
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
 import vllm_nway_lora
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.layers.mla_calls import CorrectedProjection
 from vllm_nway_lora.layers.readers import find_refusals
 from vllm_nway_lora.models import prepare, tables
 from vllm_nway_lora.rows.notes import get_notes
@@ -66,11 +68,11 @@ def test_plan_refuses_adapters_on_convolutions(family: Family) -> None:
         assert list(layer.plan.refusals) == [name.rpartition(".")[2]]
 
 
-def build(family: Family) -> RankModel:
-    """Return one rank of a family's model with LoRA, the plugin on."""
+def build(family: Family, sharded: bool = False) -> RankModel:
+    """Return one rank of a family's model with LoRA, the plugin on; ``sharded``: of two, fully sharded."""
     vllm_nway_lora.register()
     with stub_dependencies(family):
-        rank = RankModel(family.config, 0, 1)
+        rank = RankModel(family.config, 0, 1 + sharded, sharded)
         rank.wrap()
         rank.warm_up()
     return rank
@@ -79,19 +81,28 @@ def build(family: Family) -> RankModel:
 @pytest.mark.parametrize(
     "family", find_families("DeepSeek-V3, Kimi-K2"), ids=lambda family: family.name
 )
-def test_projection_that_attention_keeps_is_refused(family: Family) -> None:
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_projection_that_attention_reads_is_corrected_or_refused(
+    family: Family, sharded: bool
+) -> None:
     stubs = tuple(stub for stub in family.stubs if stub not in MLA_STUBS)
     try:
-        rank = build(dataclasses.replace(family, stubs=stubs))
+        rank = build(dataclasses.replace(family, stubs=stubs), sharded)
     except NotImplementedError as error:  # until 0.29.0
         pytest.skip(f"on CPU: {error}")
     layers: dict[str, Any] = rank.worker_manager._adapter_manager.modules
-    refused = {name.rpartition(".")[2] for name, layer in layers.items() if find_refusals(layer)}
-    assert refused == {"kv_b_proj"}
-    [reason] = {
-        find_refusals(layer)["kv_b_proj"] for layer in layers.values() if find_refusals(layer)
-    }
-    assert "CPUMLAImpl" in reason
+    refusals = [found for layer in layers.values() if (found := find_refusals(layer))]
+    attention = [m for m in rank.model.modules() if isinstance(m, MLAAttention)]
+    assert attention
+    for layer in attention:
+        is_corrected = isinstance(layer.impl.kv_b_proj, CorrectedProjection)
+        assert is_corrected is not sharded
+    if sharded:
+        [reason] = {refusal["kv_b_proj"] for refusal in refusals}
+        assert "CPUMLAImpl" in reason
+        assert "--fully-sharded-loras has cut its LoRA-A" in reason
+    else:
+        assert not refusals
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ _LORA = "vllm.lora"
 _LAYERS = "vllm.lora.layers"
 _LINEAR = "vllm.model_executor.layers.linear"
 _ENGINE = "vllm.v1.engine"
+_MLA = "vllm.model_executor.layers.attention.mla_attention"
 
 
 def _of(module: str, owner: str, *attributes: str) -> tuple[Need, ...]:
@@ -58,7 +59,8 @@ NEEDS = (
         f"{_LAYERS}.base_linear",
         "BaseLinearLayerWithLoRA",
         *("base_layer", "device", "input_size", "lora_a_stacked", "lora_b_stacked"),
-        *("output_slices", "set_mapping", "slice_lora_a", "slice_lora_b", "tp_rank", "tp_size"),
+        *("output_slices", "punica_wrapper", "reset_lora", "set_lora", "set_mapping"),
+        *("slice_lora_a", "slice_lora_b", "tp_rank", "tp_size"),
     ),
     *_of(f"{_LAYERS}.column_parallel_linear", "ColumnParallelLinearWithLoRA", "n_slices"),
     *_of(
@@ -111,15 +113,30 @@ NEEDS = (
         "WeightsMapper",
         *("__or__", "_map_name", "orig_to_new_prefix", "orig_to_new_substr"),
     ),
+    # MLA attention, which reads the weight of a layer.
+    *_of(
+        _MLA,
+        "MLAAttention",
+        *("_v_up_proj", "forward_impl", "impl", "kv_b_proj", "kv_cache_dtype", "kv_lora_rank"),
+        *("layer_name", "num_heads", "qk_nope_head_dim", "use_sparse", "v_head_dim"),
+    ),
+    *_of(
+        _MLA,
+        "MLACommonImpl",
+        *("_compute_prefill_context", "dcp_world_size", "forward_mha", "forward_mqa", "kv_b_proj"),
+    ),
+    *_of(_MLA, "MLACommonMetadata", "num_actual_tokens", "num_decode_tokens", "prefill"),
+    *_of(_MLA, "MLACommonPrefillMetadata", "chunked_context", "query_start_loc"),
     # The twin of a model.
     *_of("vllm.model_executor.model_loader.utils", "", "initialize_model"),
     *_of("vllm.model_executor.layers.rotary_embedding", "", "_ROPE_DICT"),
     *_of(
         "vllm.config.compilation",
         "CompilationConfig",
-        *("mode", "static_all_moe_layers", "static_forward_context"),
+        *("cudagraph_mode", "mode", "static_all_moe_layers", "static_forward_context"),
     ),
-    *_of("vllm.config.model", "ModelConfig", "hf_config", "hf_text_config"),
+    *_of("vllm.config.compilation", "CUDAGraphMode", "has_full_cudagraphs"),
+    *_of("vllm.config.model", "ModelConfig", "enforce_eager", "hf_config", "hf_text_config"),
     *_of("vllm.distributed", "", "get_tensor_model_parallel_world_size"),
     *_of("vllm.distributed.utils", "", "divide"),
     *_of("vllm.config", "", "get_current_vllm_config_or_none", "set_current_vllm_config"),
@@ -130,7 +147,8 @@ NEEDS = (
     ),
     *_of("vllm.envs", "", "environment_variables"),
     *_of("vllm.platforms", "", "current_platform"),
-    *_of("vllm.platforms.interface", "Platform", "is_cuda_alike", "is_rocm", "is_tpu"),
+    *_of("vllm.platforms.interface", "Platform", "is_cpu", "is_cuda", "is_cuda_alike"),
+    *_of("vllm.platforms.interface", "Platform", "device_name", "is_rocm", "is_tpu"),
     # The engine core, its workers and its callers.
     *_of(f"{_ENGINE}.core", "EngineCore", "abort_requests", "model_executor", "scheduler"),
     *_of(f"{_ENGINE}.core", "EngineCore", "request_block_hasher", "vllm_config"),
@@ -169,7 +187,7 @@ NEEDS = (
         *("engine_client", "lora_requests"),
     ),
     *_of(f"{_ENGINE}.async_llm", "AsyncLLM", "add_lora", "remove_lora", "vllm_config"),
-    *_of("vllm.config.parallel", "ParallelConfig", "data_parallel_size"),
+    *_of("vllm.config.parallel", "ParallelConfig", "data_parallel_size", "enable_dbo"),
 )
 
 #: Attributes that older releases lack, and without which the package goes on as for these releases.

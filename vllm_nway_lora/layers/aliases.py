@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
+from vllm_nway_lora.layers.mla import correct_attention
 from vllm_nway_lora.layers.readers import Reader, find_readers
 from vllm_nway_lora.models import tables
 from vllm_nway_lora.rows.notes import get_notes, set_notes
@@ -31,6 +33,7 @@ def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, k
         if isinstance(layer, BaseLinearLayerWithLoRA)
     }
     refused: dict[tuple[str, str], list[str]] = {}
+    obstacles = correct_attention(manager.model)
     for reader in (*find_readers(manager.model, [manager]), *_find_absorbed(manager.model)):
         name = names.get(id(reader.layer))
         if name is None:
@@ -38,8 +41,11 @@ def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, k
         if reader.is_child and (_is_known(reader) or not _reads_weight(reader)):
             setattr(reader.holder, reader.attribute, manager.modules[name])
             continue
+        obstacle = obstacles.get(id(reader.layer))
+        if obstacle == "" and isinstance(reader.holder, MLAAttention):
+            continue
         known = get_notes(reader.layer).refusals
-        reason = _explain(reader.holder)
+        reason = _explain(reader.holder) + (f": {obstacle}" if obstacle else "")
         modules = [path.rpartition(".")[2] for path in manager.packed_modules.get(name) or [name]]
         refusals = {module: reason for module in modules if module not in known}
         set_notes(reader.layer, refusals={**known, **refusals})
@@ -76,7 +82,7 @@ def _find_absorbed(model: nn.Module) -> list[Reader]:
 
     It multiplies by the parts of ``kv_b_proj`` when it decodes, also where its implementation does not
     keep the layer (the sparse ones until 0.24.0). DeepSeek-V3.2's attention is one of its subclasses
-    and calls the other layers.
+    and calls the other layers. What :mod:`vllm_nway_lora.layers.mla` has corrected is returned too.
     """
     return [
         Reader(attention, name, child.base_layer, is_child=False)
