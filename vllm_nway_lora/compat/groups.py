@@ -30,9 +30,15 @@ def _wrapped_by(path: str) -> Callable[[Any], Any]:
     return lambda original: wrapt.FunctionWrapper(original, _load(path))
 
 
+def _replaced_by(path: str) -> Callable[[Any], Any]:
+    """Return a replacement that a function of this package returns for the original."""
+    return lambda original: _load(path)(original)
+
+
 _COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _CORE = "vllm.v1.engine.core"
+_RUNNER = "vllm.v1.worker.lora_model_runner_mixin"
 _FROM_LAYER = ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")
 
 GROUPS = (
@@ -138,6 +144,30 @@ GROUPS = (
                 ("param", "loaded_weight", "loaded_shard_id"),
             ),
         ),
+    ),
+    # LoRA on model classes that lack nothing but vLLM's flags for it: in the workers, and where the
+    # configuration is read.
+    Group(
+        _RUNNER,
+        (
+            Patch(
+                "lora-flags",
+                Need(_RUNNER, "LoRAModelRunnerMixin.load_lora_model", ("model", "vllm_config")),
+                _wrapped_by("models.switched_on:load_lora_model"),
+            ),
+        ),
+        ("no-lora-flags",),
+    ),
+    Group(
+        "vllm.config.model",
+        (
+            Patch(
+                "lora-flags-of-configurations",
+                Need("vllm.config.model", "ModelConfig.is_lora_supported"),
+                _replaced_by("models.without_lora:is_lora_supported"),
+            ),
+        ),
+        ("no-lora-flags-in-configuration",),
     ),
     # In the engine core: an adapter is loaded by all ranks or by none, and its failure does not
     # end the engine.
