@@ -163,7 +163,9 @@ def serve_merged(
     shutil.copytree(folder / "model", merged, ignore=shutil.ignore_patterns("*.safetensors*"))
 
     def load(modules: list[str]) -> torch.Tensor:
-        save_file(dict(cases.merge(weights, modules, family.transposed)), merged / "model.safetensors")
+        save_file(
+            dict(cases.merge(weights, modules, family.transposed)), merged / "model.safetensors"
+        )
         llm.collective_rpc(_load_again, args=(str(merged),))
         return _ask(llm)
 

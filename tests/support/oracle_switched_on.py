@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from support.oracle_family import SMALL, Family
+from support.oracle_family import Family
 from support.oracle_sizes import TIED, of
 from support.oracle_written import LLAMA, WRITTEN
 

@@ -7,6 +7,7 @@ registry, no constructor and no setting of a quantisation changes, and without L
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,9 +22,11 @@ from vllm.model_executor.models.interfaces import SupportsLoRA, supports_multimo
 from vllm.model_executor.models.module_mapping import MultiModelKeys
 
 from vllm_nway_lora.models import tables, traced_experts
-from vllm_nway_lora.models.without_lora import SWITCHED_ON, is_listed
 from vllm_nway_lora.models.mapping import find_hidden_entries
+from vllm_nway_lora.models.without_lora import SWITCHED_ON, is_listed
 from vllm_nway_lora.rows.notes import get_notes, set_notes
+
+logger = logging.getLogger("vllm.nway_lora")
 
 #: The modules of a checkpoint that the usual fused projections stand for. Any other one stands for
 #: itself, unless a class says otherwise. The trace shows whether that is right, and what is not traced
@@ -62,16 +65,24 @@ def load_lora_model(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any)
 def switch_on(model: Any, vllm_config: Any) -> None:
     """Set the flags of vLLM's ``SupportsLoRA`` on a model of a listed class.
 
-    A model stays as it is, and vLLM refuses it, if its language model is not known, or if LoRA is asked
-    for on its towers too.
+    Where LoRA on it would not be exact, the model stays as it is, and vLLM refuses it.
     """
     kind = type(model)
     if not is_listed(kind.__module__, kind.__name__) or isinstance(model, SupportsLoRA):
         return
-    if supports_multimodal(model) and not hasattr(model, "get_mm_mapping"):
-        language = _find_language_model(model)
-        if not language or getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
-            return
+    is_wrapper = supports_multimodal(model) and not hasattr(model, "get_mm_mapping")
+    language = _find_language_model(model) if is_wrapper else ""
+    obstacle = ""
+    if is_wrapper and not language:
+        obstacle = "its language model is not known"
+    elif is_wrapper and getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        obstacle = "LoRA is asked for on its towers too"
+    elif vllm_config.cache_config.kv_sharing_fast_prefill:
+        obstacle = "--kv-sharing-fast-prefill passes a part of the tokens to its last layers"
+    if obstacle:
+        logger.warning("vllm-nway-lora leaves %s without LoRA: %s.", kind.__name__, obstacle)
+        return
+    if is_wrapper:
         parts = {"language_model": language, "tower_model": _list_others(model, language)}
         model.get_mm_mapping = lambda: MultiModelKeys.from_string_field(**parts)
     for name, default in _FLAGS.items():

@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+#: Classes of which a fused projection's modules follow from its name.
+_PLAIN = (
+    *("BailingMoeV25ForCausalLM", "Cohere2MoeForCausalLM", "Cohere2VisionForConditionalGeneration"),
+    *("DbrxForCausalLM", "FalconForCausalLM"),
+    *("GPT2LMHeadModel", "GPTJForCausalLM", "Gemma3nForCausalLM"),
+    *("Gemma3nForConditionalGeneration", "IQuestLoopCoderForCausalLM"),
+    *("KimiK25ForConditionalGeneration", "KimiLinearForCausalLM"),
+    "KimiVLForConditionalGeneration",
+    *("LlavaOnevisionForConditionalGeneration", "PaddleOCRVLForConditionalGeneration"),
+    "Qwen2AudioForConditionalGeneration",
+    *("Mamba2ForCausalLM", "MambaForCausalLM", "MiMoV2FlashForCausalLM"),
+    *("OrionForCausalLM", "StablelmForCausalLM", "Step3p5ForCausalLM"),
+)
+
 #: Class -> fused projection -> its modules, where these do not follow from its name.
 SWITCHED_ON: Mapping[str, Mapping[str, Sequence[str]]] = {
-    **dict.fromkeys(
-        (
-            # model_executor/models/
-            *("Cohere2MoeForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTJForCausalLM"),
-            *("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration", "IQuestLoopCoderForCausalLM"),
-            *("KimiK25ForConditionalGeneration", "KimiVLForConditionalGeneration"),
-            *("Mamba2ForCausalLM", "MambaForCausalLM", "MiMoV2FlashForCausalLM"),
-            *("OrionForCausalLM", "StablelmForCausalLM", "Step3p5ForCausalLM"),
-            "BailingMoeV25ForCausalLM",
-        ),
-        {},
-    ),
+    **{name: {} for name in _PLAIN},
     # One module in a checkpoint too.
     "HrmTextForCausalLM": {"gate_up_proj": ("gate_up_proj",)},
     "Zamba2ForCausalLM": {"gate_up_proj": ("gate_up_proj",)},
@@ -53,10 +56,17 @@ def is_lora_supported(original: property) -> property:
 
 
 def _is_served_by_listed(model_config: Any) -> bool:
-    """Return whether vLLM's own entry for the architecture is a listed class; import no model code."""
-    # Another package can have registered a class of its own.
+    # Another package can have registered a class of its own for the architecture.
     entry = model_config.registry.models.get(model_config.architecture)
+    return is_listed(*name_class(entry))
+
+
+def name_class(entry: Any) -> tuple[str, str]:
+    """Return the module and the name of the class of an entry in vLLM's registry of models.
+
+    Empty if there is no entry. The class is not imported.
+    """
     loaded = getattr(entry, "model_cls", None)
     if loaded is not None:
-        return is_listed(loaded.__module__, loaded.__name__)
-    return is_listed(getattr(entry, "module_name", ""), getattr(entry, "class_name", ""))
+        return loaded.__module__, loaded.__name__
+    return getattr(entry, "module_name", ""), getattr(entry, "class_name", "")

@@ -7,6 +7,7 @@ from typing import Any
 
 from support.families.family import COMMON, FAILS, HIDDEN, LAYER, VLLM, Family, Fused, StubExperts
 from support.families.mla import MLA, MLA_STUBS, down_projection
+from support.families.wrapped import StubTower
 
 #: Stock vLLM does not start with LoRA on them.
 _REFUSED_BY_STOCK = (FAILS,) * 4
@@ -27,21 +28,23 @@ _TWO_KINDS: Mapping[str, Any] = {
 }
 
 
-def _qkv(attention: str, q: int = 128, k: int = 128, v: int = 128, layer: str = "") -> Fused:
+def _qkv(
+    attention: str, rows: tuple[int, int, int] = (128,) * 3, columns: int = HIDDEN, layer: str = ""
+) -> Fused:
     """Return the query, key and value projection of an attention, given each one's rows."""
-    modules = {f"{attention}.{part}_proj": rows for part, rows in zip("qkv", (q, k, v))}
-    return Fused(f"{layer or attention}.qkv_proj", modules, _REFUSED_BY_STOCK)
+    modules = {f"{attention}.{part}_proj": of for part, of in zip("qkv", rows, strict=True)}
+    return Fused(f"{layer or attention}.qkv_proj", modules, _REFUSED_BY_STOCK, columns=columns)
 
 
-def _gate_up(mlp: str, rows: int = 64, columns: int = HIDDEN) -> Fused:
+def _gate_up(mlp: str, columns: int = HIDDEN, layer: str = "") -> Fused:
     """Return the gate and up projection of a feed-forward network."""
-    modules = {f"{mlp}.gate_proj": rows, f"{mlp}.up_proj": rows}
-    return Fused(f"{mlp}.gate_up_proj", modules, _REFUSED_BY_STOCK, columns=columns)
+    modules = {f"{mlp}.gate_proj": 64, f"{mlp}.up_proj": 64}
+    return Fused(f"{layer or mlp}.gate_up_proj", modules, _REFUSED_BY_STOCK, columns=columns)
 
 
-def _whole(path: str, rows: int, outputs: int, layer: str = "") -> Fused:
+def _whole(path: str, rows: int, outputs: int, columns: int = HIDDEN, layer: str = "") -> Fused:
     """Return a fused projection that a checkpoint has as one module."""
-    return Fused(layer or path, {path: rows}, _REFUSED_BY_STOCK, outputs=outputs)
+    return Fused(layer or path, {path: rows}, _REFUSED_BY_STOCK, columns=columns, outputs=outputs)
 
 
 _GEMMA3N: Mapping[str, Any] = {
@@ -67,6 +70,8 @@ _TOWER: Mapping[str, Any] = {
     "intermediate_size": 64,
     "patch_size": 14,
 }
+_SIGLIP: Mapping[str, Any] = {**_TOWER, "model_type": "siglip_vision_model", "image_size": 28}
+_QWEN2: Mapping[str, Any] = {**COMMON, "model_type": "qwen2", "num_hidden_layers": 1}
 _KIMI_TEXT: Mapping[str, Any] = {**MLA, "model_type": "deepseek_v3"}
 
 SWITCHED_ON_FAMILIES = (
@@ -74,6 +79,23 @@ SWITCHED_ON_FAMILIES = (
         "Gemma 3n",
         {**_GEMMA3N, "architectures": ["Gemma3nForCausalLM"]},
         (_qkv(f"{LAYER}.self_attn"), _gate_up(f"{LAYER}.mlp")),
+    ),
+    Family(
+        "Gemma 3n, multimodal",
+        {
+            "model_type": "gemma3n",
+            "architectures": ["Gemma3nForConditionalGeneration"],
+            "text_config": _GEMMA3N,
+            "vision_config": {"model_type": "gemma3n_vision", "hidden_size": 64},
+            "audio_config": {"model_type": "gemma3n_audio", "hidden_size": 64},
+        },
+        (
+            _qkv(
+                "model.language_model.layers.0.self_attn", layer=f"language_model.{LAYER}.self_attn"
+            ),
+            _gate_up("model.language_model.layers.0.mlp", layer=f"language_model.{LAYER}.mlp"),
+        ),
+        replaced={f"{VLLM}.models.gemma3n_mm.AutoModel.from_config": lambda **_: StubTower()},
     ),
     Family(
         "Kimi K2.5",
@@ -108,6 +130,46 @@ SWITCHED_ON_FAMILIES = (
         },
         (_gate_up(f"language_model.{LAYER}.mlp"),),
         stubs=MLA_STUBS,
+    ),
+    Family(
+        "Kimi-Linear",
+        {
+            **COMMON,
+            "model_type": "kimi_linear",
+            "architectures": ["KimiLinearForCausalLM"],
+            "num_hidden_layers": 2,
+            "hidden_act": "silu",
+            "num_experts": None,
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+            "mla_use_nope": True,
+            "moe_layer_freq": 1,
+            "first_k_dense_replace": 2,
+            "linear_attn_config": {
+                "kda_layers": [1],
+                "full_attn_layers": [2],
+                "head_dim": 16,
+                "num_heads": 8,
+                "short_conv_kernel_size": 4,
+            },
+        },
+        (
+            Fused(
+                f"{LAYER}.self_attn.in_proj_qkvgfab",
+                {
+                    **{f"{LAYER}.self_attn.{part}_proj": 128 for part in "qkv"},
+                    f"{LAYER}.self_attn.b_proj": 8,
+                    f"{LAYER}.self_attn.f_a_proj": 16,
+                },
+                _REFUSED_BY_STOCK,
+            ),
+            _gate_up(f"{LAYER}.mlp"),
+        ),
+        stubs=("torch.cuda.Stream", "torch.cuda.Event"),
+        since="0.32.0",  # before, its layers differ
     ),
     Family(
         "Ling 2.5, Ring 2.5",
@@ -176,7 +238,7 @@ SWITCHED_ON_FAMILIES = (
             "n_shared_experts": None,
             "routed_scaling_factor": 1.0,
         },
-        (_qkv(f"{LAYER}.self_attn", v=64), _gate_up(f"{LAYER}.mlp")),
+        (_qkv(f"{LAYER}.self_attn", (128, 128, 64)), _gate_up(f"{LAYER}.mlp")),
     ),
     Family(
         "Step-3.5",
@@ -195,7 +257,7 @@ SWITCHED_ON_FAMILIES = (
             "use_head_wise_attn_gate": True,
             "moe_router_scaling_factor": 1.0,
             "norm_expert_weight": True,
-            "need_fp32_gate": False,
+            "need_fp32_gate": True,
             "use_moe_router_bias": True,
             "swiglu_limits": None,
             "swiglu_limits_shared": None,
@@ -232,14 +294,7 @@ SWITCHED_ON_FAMILIES = (
             "rotary_dim": 16,
             "activation_function": "relu",
         },
-        (
-            Fused(
-                "transformer.h.0.attn.qkv_proj",
-                {f"transformer.h.0.attn.{part}_proj": 128 for part in "qkv"},
-                _REFUSED_BY_STOCK,
-                columns=128,
-            ),
-        ),
+        (_qkv("transformer.h.0.attn", columns=128),),
     ),
     Family(
         "Falcon",
@@ -254,15 +309,7 @@ SWITCHED_ON_FAMILIES = (
             "num_kv_heads": 8,
             "new_decoder_architecture": True,
         },
-        (
-            Fused(
-                "transformer.h.0.self_attention.query_key_value",
-                {"transformer.h.0.self_attention.query_key_value": 3 * 128},
-                _REFUSED_BY_STOCK,
-                columns=128,
-                outputs=3,
-            ),
-        ),
+        (_whole("transformer.h.0.self_attention.query_key_value", 3 * 128, 3, 128),),
     ),
     Family(
         "StableLM",
@@ -274,12 +321,7 @@ SWITCHED_ON_FAMILIES = (
             "num_hidden_layers": 1,
         },
         (
-            Fused(
-                f"{LAYER}.self_attn.qkv_proj",
-                {f"{LAYER}.self_attn.{part}_proj": 128 for part in "qkv"},
-                _REFUSED_BY_STOCK,
-                columns=128,
-            ),
+            _qkv(f"{LAYER}.self_attn", columns=128),
             _gate_up(f"{LAYER}.mlp", columns=128),
         ),
     ),
@@ -295,12 +337,7 @@ SWITCHED_ON_FAMILIES = (
             "rope_theta": 1e4,
         },
         (
-            Fused(
-                f"{LAYER}.self_attn.qkv_proj",
-                {f"{LAYER}.self_attn.{part}_proj": 128 for part in "qkv"},
-                _REFUSED_BY_STOCK,
-                columns=128,
-            ),
+            _qkv(f"{LAYER}.self_attn", columns=128),
             _gate_up(f"{LAYER}.mlp", columns=128),
         ),
     ),
@@ -370,7 +407,7 @@ SWITCHED_ON_FAMILIES = (
                 "model.H_module.layers.0.attn.gqkv_proj",
                 4 * 128,
                 4,
-                "model.H_module.layers.0.self_attn.gqkv_proj",
+                layer="model.H_module.layers.0.self_attn.gqkv_proj",
             ),
             _whole("model.L_module.layers.0.mlp.gate_up_proj", 128, 2),
         ),
@@ -398,6 +435,86 @@ SWITCHED_ON_FAMILIES = (
             "loop_num": 2,
             "loop_window_size": 16,
         },
-        (_qkv(f"{LAYER}.self_attn", 64, 64, 64), _gate_up(f"{LAYER}.mlp")),
+        (_qkv(f"{LAYER}.self_attn", (64, 64, 64)), _gate_up(f"{LAYER}.mlp")),
+    ),
+    *(
+        Family(
+            name,
+            {"model_type": model_type, "architectures": [architecture], **config},
+            (
+                _qkv(
+                    f"{prefix}.layers.0.self_attn",
+                    # Qwen2's heads have the width of its hidden states.
+                    (64 if config["text_config"] is _QWEN2 else 128,) * 3,
+                    layer=f"language_model.{LAYER}.self_attn",
+                ),
+                _gate_up(f"{prefix}.layers.0.mlp", layer=f"language_model.{LAYER}.mlp"),
+            ),
+            since=since,
+        )
+        for name, model_type, architecture, prefix, config, since in (
+            (
+                "LLaVA-OneVision",
+                "llava_onevision",
+                "LlavaOnevisionForConditionalGeneration",
+                "model.language_model",
+                {"text_config": _QWEN2, "vision_config": _SIGLIP},
+                "0.17.0",
+            ),
+            (
+                "PaddleOCR-VL",
+                "paddleocr_vl",
+                "PaddleOCRVLForConditionalGeneration",
+                "model",
+                {
+                    "text_config": {**COMMON, "num_hidden_layers": 1},
+                    "vision_config": {**_TOWER, "image_size": 28},
+                },
+                "0.17.0",
+            ),
+            (
+                "Qwen2-Audio",
+                "qwen2_audio",
+                "Qwen2AudioForConditionalGeneration",
+                "language_model.model",
+                {
+                    "text_config": _QWEN2,
+                    "audio_config": {
+                        "d_model": 64,
+                        "encoder_layers": 1,
+                        "encoder_attention_heads": 8,
+                        "encoder_ffn_dim": 64,
+                    },
+                },
+                "0.17.0",
+            ),
+            (
+                "Command A Vision",
+                "cohere2_vision",
+                "Cohere2VisionForConditionalGeneration",
+                "model.language_model",
+                {
+                    "text_config": {**COMMON, "model_type": "cohere2", "num_hidden_layers": 1},
+                    "vision_config": _SIGLIP,
+                },
+                "0.17.0",
+            ),
+        )
+    ),
+    Family(
+        "DBRX",
+        {
+            "model_type": "dbrx",
+            "architectures": ["DbrxForCausalLM"],
+            "vocab_size": 128,
+            "d_model": 128,
+            "n_heads": 8,
+            "n_layers": 1,
+            "max_seq_len": 128,
+            "attn_config": {"kv_n_heads": 8, "clip_qkv": None, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+        (_whole("transformer.blocks.0.norm_attn_norm.attn.Wqkv", 3 * 128, 3, 128),),
+        replaced={f"{VLLM}.models.dbrx.DbrxMoE": StubExperts},
     ),
 )
