@@ -266,6 +266,13 @@ DEFECTS = (
         "`SupportsLoRA` on these classes.",
     ),
     Defect(
+        "lora-asserted-off",
+        "Mamba 2 and Zamba 2 do not start with `--enable-lora`.",
+        (Seen("0.17.0", "0.32.0", ("assert not is_lora_enabled",)),),
+        (),
+        "0.33.0, which then refuses LoRA on them by their missing flags.",
+    ),
+    Defect(
         "unfused",
         "Qwen3.5 runs two GEMMs per layer instead of one when LoRA is on.",
         (Seen("0.19.0", "0.20.2"),),

@@ -62,6 +62,16 @@ def load_lora_model(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any)
     return wrapped(*args, **kwargs)
 
 
+def build_without_lora(wrapped: Callable[..., None], _: Any, args: Any, kwargs: Any) -> None:
+    """Build a model as if LoRA were off; wraps constructors that only assert that it is."""
+    vllm_config = args[0] if args else kwargs["vllm_config"]
+    lora_config, vllm_config.lora_config = vllm_config.lora_config, None
+    try:
+        wrapped(*args, **kwargs)
+    finally:
+        vllm_config.lora_config = lora_config
+
+
 def switch_on(model: Any, vllm_config: Any) -> None:
     """Set the flags of vLLM's ``SupportsLoRA`` on a model of a listed class.
 
