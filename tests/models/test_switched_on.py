@@ -117,11 +117,13 @@ def test_configuration_is_accepted_for_vllms_own_listed_classes(entry: Any, expe
     for stock in (False, True):
 
         class Config:
-            architecture = "A"
+            architecture, convert_type = "A", "none"
             registry = SimpleNamespace(models={"A": entry})
             is_lora_supported = is_lora_supported(property(lambda self, stock=stock: stock))
 
         assert Config().is_lora_supported is (stock or expected)
+        Config.convert_type = "embed"
+        assert Config().is_lora_supported is stock
 
 
 @pytest.mark.skipif(not hasattr(ModelConfig, "is_lora_supported"), reason="new in vLLM 0.33.0")
@@ -198,3 +200,19 @@ def test_fewer_tokens_in_the_last_layers_are_left_refused(caplog: pytest.LogCapt
     rank.vllm_config.cache_config.kv_sharing_fast_prefill = True
     with pytest.raises(ValueError, match=REFUSAL):
         rank.wrap()
+
+
+def test_constructor_does_not_see_lora_and_the_setting_returns() -> None:
+    config = SimpleNamespace(lora_config="on")
+    seen = []
+
+    def build(*, vllm_config: Any, fails: bool) -> None:
+        seen.append(vllm_config.lora_config)
+        if fails:
+            raise RuntimeError("no memory")
+
+    switched_on.build_without_lora(build, None, (), {"vllm_config": config, "fails": False})
+    with pytest.raises(RuntimeError, match="no memory"):
+        switched_on.build_without_lora(build, None, (), {"vllm_config": config, "fails": True})
+    assert seen == [None, None]
+    assert config.lora_config == "on"

@@ -118,7 +118,7 @@ NEEDS = (
     *_of("vllm.config", "VllmConfig", "cache_config"),
     *_of("vllm.config.cache", "CacheConfig", "kv_sharing_fast_prefill"),
     *_of("vllm.config.lora", "LoRAConfig", "enable_tower_connector_lora"),
-    *_of("vllm.config.model", "ModelConfig", "architecture", "registry"),
+    *_of("vllm.config.model", "ModelConfig", "architecture", "convert_type", "registry"),
     *_of("vllm.model_executor.models.registry", "_ModelRegistry", "models"),
     *_of(
         "vllm.model_executor.models.registry", "_LazyRegisteredModel", "class_name", "module_name"

@@ -56,6 +56,8 @@ def is_lora_supported(original: property) -> property:
 
 
 def _is_served_by_listed(model_config: Any) -> bool:
+    if model_config.convert_type != "none":  # vLLM then builds another class, for pooling
+        return False
     # Another package can have registered a class of its own for the architecture.
     entry = model_config.registry.models.get(model_config.architecture)
     return is_listed(*name_class(entry))
