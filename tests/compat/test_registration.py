@@ -42,6 +42,8 @@ def describe(value, depth=2):
         return [describe(item, depth - 1) for item in value]
     if isinstance(value, (set, frozenset)) and depth:  # its order differs between processes
         return sorted(json.dumps(describe(item, depth - 1)) for item in value)
+    if isinstance(value, property):
+        value = value.fget
     kind = type(value).__name__
     if kind in ("function", "type", "FunctionWrapper", "builtin_function_or_method", "module"):
         return f"{kind} {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"

@@ -33,6 +33,7 @@ def test_doctor_reports_healthy_installation() -> None:
     assert not report["warnings"]
     assert {patch["state"] for patch in report["patches"]} <= {"on", "not needed here"}
     assert report["by_table"]["conv1d"].startswith("an entry for a layer without LoRA is dropped")
+    assert {"GPT2LMHeadModel", "FalconMambaForCausalLM"} <= set(report["switched_on"])
     assert "VLLM_NWAY_LORA=1, patches: " in report["agreement"]["this process"]
     assert "RankError" in report["agreement"]["if they differ"]
     assert len(report["selftest"]) == 16

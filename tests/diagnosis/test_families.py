@@ -29,6 +29,7 @@ TWO_RANKS = ServerOptions(tensor_parallel_size=2)
 TINY = (
     "ColQwen3.5",
     "GLM-4-MoE-Lite",
+    "Gemma 3n, multimodal",
     "K2-Horizon",
     "LongCat-Flash",
     "Muse Spark",

@@ -1,4 +1,4 @@
-"""Audit every class of vLLM's registry that takes LoRA: one word per layer and module.
+"""Audit every class of vLLM's registry that takes LoRA, here or in vLLM: one word per layer and module.
 
 ``python -P -m support.audit OUT [ARCHITECTURE...]`` walks the registry of the installed vLLM. Each
 architecture is built offline, without memory, in a process forked from this one. ``ci/audit.py`` runs
@@ -34,6 +34,7 @@ from support.shrunk import configurations
 from support.usual_fields import complete
 from support.verdicts import stub_dependencies
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.models.without_lora import is_listed
 
 #: A tensor-parallel size and its rank that is audited.
 RANKS = ((1, 0), (2, 1))
@@ -51,7 +52,8 @@ def walk(out: Path, chosen: Sequence[str] = ()) -> None:
         except Exception as error:
             broken[architecture] = _cannot(error)
             continue
-        if supports_lora(model_class):
+        listed = is_listed(model_class.__module__, model_class.__name__)
+        if supports_lora(model_class) or listed:
             takes_lora.append(architecture)
             # Else vLLM inspects the class in a new process.
             ModelRegistry.register_model(architecture, model_class)

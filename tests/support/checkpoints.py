@@ -203,6 +203,24 @@ def save_llama(folder: Path) -> Path:
     return _save(LlamaForCausalLM, config, folder)
 
 
+def save_gpt2(folder: Path) -> Path:
+    """Save a GPT-2 with two layers; vLLM's class of it has no flags for LoRA."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        n_positions=512,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return _save(GPT2LMHeadModel, config, folder)
+
+
 def _save(model_class: type, config: object, folder: Path) -> Path:
     torch.manual_seed(0)
     model = model_class(config).to(torch.bfloat16)

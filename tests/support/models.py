@@ -80,17 +80,17 @@ class RankModel:
 
     def wrap(self) -> None:
         """Process the weights and build the LoRA layers, as a worker does after loading."""
-        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
+        from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
         def wrap() -> None:
             cpu = torch.device("cpu")
             with _pack_linear_weights_only():
                 process_weights_after_loading(self.model, self.vllm_config.model_config, cpu)
-            embeddings = getattr(self.model, "embedding_modules", {})
-            self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
+            runner = LoRAModelRunnerMixin()
             with without_kernels("cpu"):
-                self.worker_manager.create_lora_manager(self.model, self.vllm_config)
+                runner.load_lora_model(self.model, self.vllm_config, cpu)
+            self.worker_manager = runner.lora_manager
 
         self.run_as_rank(wrap)
 

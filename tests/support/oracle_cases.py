@@ -133,13 +133,23 @@ def save_adapter(
     return folder
 
 
+def is_transposed(module: str, transposed: Sequence[str]) -> bool:
+    """Return whether a checkpoint stores a module's weight as input by output, given such names."""
+    return module.rpartition(".")[2] in transposed
+
+
 def merge(
-    checkpoint: Iterable[tuple[str, torch.Tensor]], modules: Sequence[str]
+    checkpoint: Iterable[tuple[str, torch.Tensor]],
+    modules: Sequence[str],
+    transposed: Sequence[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a checkpoint's weights, with ``W + s B A`` for the weight of each of ``modules``."""
     for name, weight in checkpoint:
         module = name.removesuffix(".weight")
         if module in modules and module != name:
-            a, b = draw_pair(module, weight.shape)
-            weight = (weight.double() + SCALE * b.double() @ a.double()).to(weight.dtype)
+            turn = is_transposed(module, transposed)
+            a, b = draw_pair(module, weight.shape[::-1] if turn else weight.shape)
+            product = b.double() @ a.double()
+            product = product.T if turn else product
+            weight = (weight.double() + SCALE * product).to(weight.dtype)
         yield name, weight

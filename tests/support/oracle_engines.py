@@ -102,7 +102,10 @@ def call_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
 def save(family: Family, folder: Path) -> dict[str, torch.Size]:
     """Save a family's checkpoint; return the shapes of its modules."""
     save_checkpoint(family, folder / "model")
-    modules = cases.list_modules(folder / "model")
+    modules = {
+        name: shape[::-1] if cases.is_transposed(name, family.transposed) else shape
+        for name, shape in cases.list_modules(folder / "model").items()
+    }
     if family.config["tie_word_embeddings"]:
         # A merged embedding would change the head too, which an adapter does not.
         return {name: shape for name, shape in modules.items() if not cases.is_embedding(name)}
@@ -160,7 +163,9 @@ def serve_merged(
     shutil.copytree(folder / "model", merged, ignore=shutil.ignore_patterns("*.safetensors*"))
 
     def load(modules: list[str]) -> torch.Tensor:
-        save_file(dict(cases.merge(weights, modules)), merged / "model.safetensors")
+        save_file(
+            dict(cases.merge(weights, modules, family.transposed)), merged / "model.safetensors"
+        )
         llm.collective_rpc(_load_again, args=(str(merged),))
         return _ask(llm)
 

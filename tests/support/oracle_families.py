@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from support.oracle_experts import EXPERT_FAMILIES
 from support.oracle_sizes import DEEPSEEK, GDN, GEMMA4, GRANITE, MAMBA2, MLA, TIED, of
+from support.oracle_switched_on import SWITCHED_ON_FAMILIES
 from support.oracle_written import WRITTEN_FAMILIES
 
 FAMILIES = (
@@ -184,5 +185,6 @@ FAMILIES = (
     of("SmolLM 3 (Transformers backend)", "smollm3", "SmolLM3ForCausalLM"),
     of("Phi (Transformers backend)", "phi", "PhiForCausalLM"),
     *EXPERT_FAMILIES,
+    *SWITCHED_ON_FAMILIES,
     *WRITTEN_FAMILIES,
 )

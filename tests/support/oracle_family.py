@@ -41,6 +41,7 @@ class Family:
         experts: it has experts, whose kernel with LoRA is replaced (``oracle_moe``).
         weights: name -> shape of the checkpoint's weights; ``{}`` in a name stands for each layer's
             number. Empty: transformers has the class, and saves the checkpoint.
+        transposed: last names of the modules whose weights a checkpoint stores as input by output.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Family:
     engine: Mapping[str, Any] = field(default_factory=dict)
     experts: bool = False
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
 
 
 def save_checkpoint(family: Family, folder: Path) -> None:

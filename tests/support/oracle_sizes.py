@@ -78,6 +78,8 @@ TIED = {"tie_word_embeddings": True}
 
 def of(name: str, model_type: str, architecture: str, **sizes: Any) -> Family:
     """Return a family that transformers can save; ``sizes`` also has the fields of ``Family``."""
-    options = {key: sizes.pop(key) for key in ("dtype", "experts", "engine") if key in sizes}
+    options = {
+        key: sizes.pop(key) for key in ("dtype", "experts", "engine", "transposed") if key in sizes
+    }
     config = {**SMALL, "model_type": model_type, "architectures": [architecture], **sizes}
     return Family(name, config, **options)

@@ -9,7 +9,7 @@ _ATTENTION = {
     "k_proj": (64, 128),
     "v_proj": (64, 128),
 }
-_LLAMA = {
+LLAMA = {
     "model.embed_tokens.weight": (512, 128),
     "lm_head.weight": (512, 128),
     "model.norm.weight": (128,),
@@ -22,13 +22,13 @@ _LLAMA = {
     "model.layers.{}.mlp.down_proj.weight": (128, 192),
 }
 # Their configuration's classes are in the checkpoints' own code; Llama's has the same fields.
-_CONFIG = {**SMALL, "model_type": "llama", "rms_norm_eps": 1e-6}
+WRITTEN = {**SMALL, "model_type": "llama", "rms_norm_eps": 1e-6}
 
 
 WRITTEN_FAMILIES = (
     Family(
         "InternLM2",
-        {**_CONFIG, "architectures": ["InternLM2ForCausalLM"], "bias": False},
+        {**WRITTEN, "architectures": ["InternLM2ForCausalLM"], "bias": False},
         weights={
             "model.tok_embeddings.weight": (512, 128),
             "output.weight": (512, 128),
@@ -45,18 +45,18 @@ WRITTEN_FAMILIES = (
     Family(
         "MiniCPM",
         {
-            **_CONFIG,
+            **WRITTEN,
             "architectures": ["MiniCPMForCausalLM"],
             "scale_emb": 1,
             "scale_depth": 1.4,
             "dim_model_base": 128,
         },
-        weights=_LLAMA,
+        weights=LLAMA,
     ),
     Family(
         "Solar",
         {
-            **_CONFIG,
+            **WRITTEN,
             "architectures": ["SolarForCausalLM"],
             "bskcn_1": [],
             "bskcn_2": [],
@@ -64,12 +64,12 @@ WRITTEN_FAMILIES = (
             "bskcn_4": [],
             "bskcn_tv": [0.9, 0.8],
         },
-        weights=_LLAMA,
+        weights=LLAMA,
     ),
     Family(
         "EXAONE",
         {
-            **_CONFIG,
+            **WRITTEN,
             "architectures": ["ExaoneForCausalLM"],
             "activation_function": "silu",
             "layer_norm_epsilon": 1e-5,

@@ -56,13 +56,8 @@ def measure_outcomes(family: Family, size: int, fully_sharded: bool) -> list[tup
     inputs = {fused.layer: integers(TOKENS, fused.columns) for fused in family.fused}
     found: list[tuple[str, Outcome]] = []
     with stub_dependencies(family):
-        references = [RankModel(family.config, rank, size) for rank in range(size)]
-        if size == 1:  # at larger sizes, vLLM builds layers with one group differently
-            assert {f.layer: f.n_outputs for f in family.fused} == {
-                f.layer: _count_outputs(references[0].model.get_submodule(f.layer))
-                for f in family.fused
-            }
         try:
+            references = [RankModel(family.config, rank, size) for rank in range(size)]
             ranks = [RankModel(family.config, rank, size, fully_sharded) for rank in range(size)]
             for rank in ranks:
                 rank.load(_build_checkpoint(family, base))
@@ -71,6 +66,11 @@ def measure_outcomes(family: Family, size: int, fully_sharded: bool) -> list[tup
         except Exception:
             traceback.print_exc()
             return [(fused.layer, FAILS) for fused in family.fused]
+        if size == 1:  # at larger sizes, vLLM builds layers with one group differently
+            assert {f.layer: f.n_outputs for f in family.fused} == {
+                f.layer: _count_outputs(references[0].model.get_submodule(f.layer))
+                for f in family.fused
+            }
         for fused in family.fused:
             layer, x = fused.layer, inputs[fused.layer]
             unadapted = _compute_reference(references, _build_checkpoint(family, base), layer, x)
@@ -162,7 +162,10 @@ def _build_checkpoint(family: Family, weights: Weights) -> Weights:
             weights = {name: w for name, w in weights.items() if name not in fused.modules}
         if fused.stored_as:
             weights[fused.stored_as] = torch.cat([weights.pop(module) for module in fused.modules])
-    checkpoint = {f"{module}.weight": weight for module, weight in weights.items()}
+    checkpoint = {
+        f"{module}.weight": weight.T if family.transposed else weight
+        for module, weight in weights.items()
+    }
     return checkpoint | {name: torch.zeros(shape) for name, shape in family.required.items()}
 
 

@@ -256,6 +256,31 @@ DEFECTS = (
         "LoRA of `k_proj` in both outputs.",
     ),
     Defect(
+        "no-lora-flags",
+        "vLLM refuses LoRA on models whose classes lack only its flags, such as Gemma 3n, Kimi K2.5, GPT-2 "
+        "and Mamba.",
+        (
+            Seen("0.17.0", "0.32.0", ("does not support LoRA yet",)),
+            Seen("0.33.0", None, ("does not support LoRA yet", "LoRA is not supported for")),
+        ),
+        ("#21746", "#43840"),
+        "`SupportsLoRA` on these classes.",
+    ),
+    Defect(
+        "no-lora-flags-in-configuration",
+        'As "no-lora-flags", when the server reads its configuration.',
+        (Seen("0.33.0", None, ("LoRA is not supported for",)),),
+        ("#21746", "#43840"),
+        "`SupportsLoRA` on these classes.",
+    ),
+    Defect(
+        "lora-asserted-off",
+        "Mamba 2 and Zamba 2 do not start with `--enable-lora`.",
+        (Seen("0.17.0", "0.32.0", ("assert not is_lora_enabled",)),),
+        (),
+        "0.33.0, which then refuses LoRA on them by their missing flags.",
+    ),
+    Defect(
         "unfused",
         "Qwen3.5 runs two GEMMs per layer instead of one when LoRA is on.",
         (Seen("0.19.0", "0.20.2"),),

@@ -33,6 +33,8 @@ def _wrapped_by(path: str) -> Callable[[Any], Any]:
 _COLUMN_PARALLEL = "vllm.lora.layers.column_parallel_linear"
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _CORE = "vllm.v1.engine.core"
+_MODELS = "vllm.model_executor.models"
+_RUNNER = "vllm.v1.worker.lora_model_runner_mixin"
 _FROM_LAYER = ("layer", "max_loras", "lora_config", "packed_modules_list", "model_config")
 
 GROUPS = (
@@ -148,6 +150,43 @@ GROUPS = (
                 ("param", "loaded_weight", "loaded_shard_id"),
             ),
         ),
+    ),
+    # LoRA on model classes that lack nothing but vLLM's flags for it.
+    Group(
+        _RUNNER,
+        (
+            Patch(
+                "lora-flags",
+                Need(_RUNNER, "LoRAModelRunnerMixin.load_lora_model", ("model", "vllm_config")),
+                _wrapped_by("models.switched_on:load_lora_model"),
+            ),
+        ),
+        ("no-lora-flags",),
+    ),
+    Group(
+        "vllm.config.model",
+        (
+            Patch(
+                "lora-flags-of-configurations",
+                Need("vllm.config.model", "ModelConfig.is_lora_supported"),
+                lambda original: _load("models.without_lora:is_lora_supported")(original),
+            ),
+        ),
+        ("no-lora-flags-in-configuration",),
+    ),
+    *(
+        Group(
+            f"{_MODELS}.{file}",
+            (
+                Patch(
+                    f"constructor-of-{file}",
+                    Need(f"{_MODELS}.{file}", f"{name}.__init__", ("vllm_config",)),
+                    _wrapped_by("models.switched_on:build_without_lora"),
+                ),
+            ),
+            ("lora-asserted-off",),
+        )
+        for file, name in (("mamba2", "Mamba2ForCausalLM"), ("zamba2", "Zamba2ForCausalLM"))
     ),
     # In the engine core: an adapter is loaded by all ranks or by none, and its failure does not
     # end the engine.

@@ -127,6 +127,19 @@ NEEDS = (
     ),
     *_of(_MLA, "MLACommonMetadata", "num_actual_tokens", "num_decode_tokens", "prefill"),
     *_of(_MLA, "MLACommonPrefillMetadata", "chunked_context", "query_start_loc"),
+    # LoRA on classes without its flags.
+    *_of("vllm.model_executor.models.interfaces", "", "SupportsLoRA", "supports_multimodal"),
+    *_of("vllm.model_executor.models.interfaces", "SupportsMultiModal", "get_language_model"),
+    *_of("vllm.model_executor.models.module_mapping", "MultiModelKeys", "from_string_field"),
+    *_of("vllm.config", "VllmConfig", "cache_config"),
+    *_of("vllm.config.cache", "CacheConfig", "kv_sharing_fast_prefill"),
+    *_of("vllm.config.lora", "LoRAConfig", "enable_tower_connector_lora"),
+    *_of("vllm.config.model", "ModelConfig", "architecture", "convert_type", "registry"),
+    *_of("vllm.model_executor.models.registry", "_ModelRegistry", "models"),
+    *_of(
+        "vllm.model_executor.models.registry", "_LazyRegisteredModel", "class_name", "module_name"
+    ),
+    *_of("vllm.model_executor.models.registry", "_RegisteredModel", "model_cls"),
     # The twin of a model.
     *_of("vllm.model_executor.model_loader.utils", "", "initialize_model"),
     *_of("vllm.model_executor.layers.rotary_embedding", "", "_ROPE_DICT"),

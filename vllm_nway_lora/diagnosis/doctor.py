@@ -60,6 +60,7 @@ class Report:
             another package has replaced.
         defects: defect of this release of vLLM -> its description and upstream's threads.
         by_table: class or projection of this release -> what this package knows of it by a table.
+        switched_on: the architectures of this release that take LoRA with this package only.
         agreement: what the ranks of an engine compare, and this process's part in it.
         selftest: layer and mode -> ``exact`` or the fault; empty if the plugin is not on.
         issue: the text to paste into an issue.
@@ -71,6 +72,7 @@ class Report:
     patches: list[PatchState] = field(default_factory=list)
     defects: dict[str, str] = field(default_factory=dict)
     by_table: dict[str, str] = field(default_factory=dict)
+    switched_on: list[str] = field(default_factory=list)
     agreement: dict[str, str] = field(default_factory=dict)
     selftest: dict[str, str] = field(default_factory=dict)
     issue: str = ""
@@ -115,6 +117,7 @@ def _examine_vllm(report: Report) -> None:
         report.warnings.append(f"{settings.VARIABLE}=0: the plugin is off")
         return
     _register(report)
+    report.switched_on = tables_here.list_switched_on()
     report.agreement = explain_agreement()
     if not report.warnings:
         from vllm_nway_lora.diagnosis import selftest

@@ -66,15 +66,15 @@ class Rank:
 
     def wrap(self) -> None:
         """Wrap the model with vLLM's LoRA manager. LoRA's tensors are on the CPU, those of experts on meta."""
-        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+        from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
         cpu = torch.device("cpu")
         device = mock.patch("vllm.lora.layers.base_linear._get_lora_device", return_value=cpu)
         budget = mock.patch.object(model_manager, "MultiModalBudget", StandInBudget)
         with self.current(), device, budget, without_kernels(), without_gpu("meta"):
-            embeddings = getattr(self.model, "embedding_modules", {})
-            self.worker_manager = LRUCacheWorkerLoRAManager(self.vllm_config, cpu, embeddings)
-            self.worker_manager.create_lora_manager(self.model, self.vllm_config)
+            runner = LoRAModelRunnerMixin()
+            runner.load_lora_model(self.model, self.vllm_config, cpu)
+            self.worker_manager = runner.lora_manager
 
     def warm_up(self) -> None:
         """Activate a dummy adapter, as vLLM does before it captures graphs, and remove it."""

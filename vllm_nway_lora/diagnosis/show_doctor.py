@@ -40,6 +40,9 @@ def show(report: Report, console: Console) -> None:
     if report.by_table:
         stated = [(name, escape(text)) for name, text in report.by_table.items()]
         console.print(_fill_table(("by table on this release", "what the table states"), stated))
+    if report.switched_on:
+        names = ", ".join(report.switched_on)
+        console.print(f"LoRA switched on for: {names}", highlight=False)
     for label, text in report.agreement.items():
         console.print(f"ranks, {label}: {escape(text)}", highlight=False)
     if report.selftest:

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_nway_lora.compat.sources import Sources
 from vllm_nway_lora.models import tables
+from vllm_nway_lora.models.without_lora import is_listed, name_class
 
 #: The folders of vLLM with model classes and their layers.
 _FOLDERS = ("models", "model_executor/models", "model_executor/layers")
@@ -28,6 +30,20 @@ def list_tables(vllm: Path) -> dict[str, str]:
         if name in names:
             found.setdefault(name, []).append(reason)
     return {name: "; ".join(dict.fromkeys(reasons)) for name, reasons in sorted(found.items())}
+
+
+def list_switched_on() -> list[str]:
+    """Return the architectures that take LoRA only because this package switches it on."""
+    from vllm.model_executor.models import ModelRegistry
+
+    sources = Sources()
+    found = []
+    for architecture, entry in ModelRegistry.models.items():
+        module, name = name_class(entry)
+        # A later release can have LoRA on the class itself.
+        if is_listed(module, name) and "supports_lora" not in sources.find_members(module, name):
+            found.append(architecture)
+    return sorted(found)
 
 
 def _list_entries() -> Iterator[tuple[str, str]]:

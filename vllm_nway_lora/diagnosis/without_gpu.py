@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import torch
 import vllm.platforms
 from vllm.model_executor.layers.fused_moe import config as fused_moe_config
 from vllm.triton_utils import triton
@@ -54,6 +55,9 @@ def without_gpu(device: str) -> Iterator[None]:
     if hasattr(fused_moe_config, "current_platform"):  # from 0.18.0 on
         experts = mock.patch.object(fused_moe_config, "current_platform", _AnyExperts(platform))
         patches.append(experts)
+    if not torch.cuda.is_available():
+        # Kimi-Linear: its constructor asks for a stream and for events.
+        patches += [mock.patch(f"torch.cuda.{n}", return_value=None) for n in ("Stream", "Event")]
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

@@ -27,6 +27,9 @@ def find_difference(lora_layer: Any, modules: Sequence[str], held: Mapping[str, 
     if not isinstance(lora_layer, BaseLinearLayerWithLoRA) or not held:
         return ""
     widest = max(len(part.rows) for part in held.values())
+    if sum(stacked.shape[2] for stacked in lora_layer.lora_b_stacked) > widest:
+        # A QKV projection whose values are narrower than its keys: vLLM writes past the output.
+        return "vLLM's slots have more rows than the layer has on this rank"
     places = _slots(lora_layer, modules, held)
     for module, part in held.items():
         a_columns, slot_rows = places[module]

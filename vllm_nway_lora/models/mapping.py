@@ -39,7 +39,7 @@ def complete_mapping(model: nn.Module, mapping: Mapping[str, list[str]]) -> dict
             merged[name] = len(layer.output_sizes)
         if modules := get_notes(layer).modules:
             noted[name] = list(modules)
-    hidden = _find_hidden_entries(model)
+    hidden = find_hidden_entries(model)
     for fused, n_outputs in merged.items():
         if fused in mapping:
             if fused in completed and len(completed[fused]) > n_outputs:
@@ -51,7 +51,7 @@ def complete_mapping(model: nn.Module, mapping: Mapping[str, list[str]]) -> dict
     return completed | noted
 
 
-def _find_hidden_entries(model: nn.Module) -> dict[str, list[str]]:
+def find_hidden_entries(model: nn.Module) -> dict[str, list[str]]:
     """Return the entries in the mappings of ``model``'s submodules on which all of these agree."""
     found: dict[str, list[str]] = {}
     disputed = set()

@@ -11,8 +11,9 @@ from torch import nn
 from vllm import platforms
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vllm_nway_lora.models import k2_horizon, muse_spark, tables
+from vllm_nway_lora.models import gemma3n, k2_horizon, muse_spark, tables
 from vllm_nway_lora.models.mapping import complete_mapping
+from vllm_nway_lora.models.switched_on import refuse_untraced
 from vllm_nway_lora.models.traced import trace_model
 from vllm_nway_lora.models.transformers_names import note_config
 from vllm_nway_lora.rows.notes import set_notes
@@ -33,6 +34,7 @@ def prepare_and_map(
     note_config(model)
     mapping = complete_mapping(model, wrapped(*args, **kwargs))
     trace_model(model, mapping)
+    refuse_untraced(model, mapping)
     return mapping
 
 
@@ -41,7 +43,7 @@ def prepare_model(model: nn.Module) -> None:
     add_renames(model)
     mark_unsupported_modules(model)
     disable_fused_kernels(model)
-    for model_file in (k2_horizon, muse_spark):
+    for model_file in (gemma3n, k2_horizon, muse_spark):
         try:
             model_file.prepare(model)
         except AttributeError as error:  # from a class of another package with the same name

@@ -165,6 +165,17 @@ READS = (
             *("ffn.shared_experts.gate_up_proj", "ffn.shared_experts.down_proj"),
         )
     ),
+    # models/deepseek_v41/attention.py, bind_gemm_rs.
+    Read("DeepseekV4Attention", "wo_b", "the kernel that also reduces its output", flag="gemm_rs"),
+    # models/kimi_k3/nvidia/kda.py and mla.py, forward.
+    Read("KimiK3DeltaAttention", "in_proj_qkvgfab", "its kernel", flag="_projection_events"),
+    Read("KimiK3DeltaAttention", "f_b_proj", "its kernel", flag="_projection_events"),
+    Read("MultiHeadLatentAttention", "fused_qkv_a_g_proj", "its kernel", flag="_gate_events"),
+    # models/kimi_k3/nvidia/model.py and latent_moe_runner.py, amd/linear.py and latent_moe_runner.py.
+    Read("KimiRoutedOutputTransform", "up_proj", "the kernel of the latent experts"),
+    Read("KimiDecoderLayer", "self_attention_res_proj", "the kernel of the residuals"),
+    Read("KimiDecoderLayer", "mlp_res_proj", "the kernel of the residuals"),
+    Read("KimiLinearModel", "output_attn_res_proj", "the kernel of the residuals"),
     # model_executor/layers/mamba/short_conv.py, model_executor/models/lfm2.py.
     Read("ShortConv", "conv", "the convolution kernel"),
     Read("Lfm2BidirectionalShortConv", "conv", "the convolution kernel"),
@@ -177,6 +188,10 @@ FUSED_KERNEL_FLAGS: Mapping[str, tuple[str, bool | None]] = {
     "GatedResidual": ("_use_hc_down_silu", False),
     # models/hy_v4/nvidia/attention.py, forward: `linear_gate`, with the package `hpc`.
     "HYV4MLAAttention": ("use_hpc_gated_mla", False),
+    # models/kimi_k3/nvidia/model.py, mla.py and kda.py: `down_proj` and `o_proj`, reduced in the kernel.
+    "KimiMLP": ("gemm_rs_ar", None),
+    "MultiHeadLatentAttention": ("gemm_rs_ar", None),
+    "KimiK3DeltaAttention": ("gemm_rs_ar", None),
     # models/muse_spark/nvidia/model.py, _project_output: `o_proj`, with sequence parallelism.
     "MuseSpark1xAttention": ("gemm_rs", None),
 }

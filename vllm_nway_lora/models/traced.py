@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm_nway_lora.models import mamba2, muse_spark, tables
 from vllm_nway_lora.models.names import checkpoint_names
 from vllm_nway_lora.models.traced_experts import trace_experts
+from vllm_nway_lora.models.without_lora import TRANSPOSED
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.held import Held, gather
 from vllm_nway_lora.rows.notes import get_notes, set_notes
@@ -122,11 +123,26 @@ def _refuse_embedding(model: nn.Module, path: str, layer: nn.Module) -> None:
         set_notes(noted, refusals={**get_notes(noted).refusals, name: reason})
 
 
+class _Transposing:
+    """A twin whose checkpoint stores each weight of a linear layer transposed."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self._twin = twin
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._twin, name)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Any:
+        """Load weights, given as output by input."""
+        return self._twin.load_weights((name, weight.t()) for name, weight in weights)
+
+
 def _trace(
     model: nn.Module, twin: nn.Module, mapping: Mapping[str, Sequence[str]]
 ) -> tuple[dict[str, dict[str, Held]], dict[str, dict[str, str]]]:
     """Return per layer what it holds of its modules, and the modules that must be refused."""
     muse_spark.prepare(twin)
+    reader: Any = _Transposing(twin) if type(model).__name__ in TRANSPOSED else twin
     layers = {
         path: layer
         for path, layer in twin.named_modules()
@@ -151,12 +167,12 @@ def _trace(
         }
         if not asked:
             break
-        results = trace_modules(twin, {name: wanted[key] for name, key in asked.items()})
+        results = trace_modules(reader, {name: wanted[key] for name, key in asked.items()})
         traced |= {asked[name]: result for name, result in results.items()}
         fewer = {
             n: shape for n, key in asked.items() if (shape := _unrepeat(wanted[key], results[n]))
         }
-        for name, result in (trace_modules(twin, fewer) if fewer else {}).items():
+        for name, result in (trace_modules(reader, fewer) if fewer else {}).items():
             if _received(result) == {wanted[asked[name]][0]}:
                 traced[asked[name]], wanted[asked[name]] = result, fewer[name]
         names = {key: of[1:] for key, of in names.items()}

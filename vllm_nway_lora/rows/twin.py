@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from vllm.config import set_current_vllm_config
 
 _EXPERT_MAP = "determine_expert_map"
@@ -41,9 +42,24 @@ def build_twin(model: nn.Module, vllm_config: Any) -> nn.Module:
         stack.enter_context(mock.patch.dict(rotary_embedding._ROPE_DICT))
         stack.enter_context(set_current_vllm_config(config))
         stack.enter_context(torch.device("meta"))
+        stack.enter_context(_StayOnMeta())
         for module, name in _find_expert_maps():
             stack.enter_context(mock.patch.object(module, name, _on_cpu(getattr(module, name))))
         return initialize_model(vllm_config=config, model_class=type(model))
+
+
+class _StayOnMeta(TorchFunctionMode):
+    """Keep tensors without memory where they are: some constructors move a part to the device."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.Tensor.to and args[0].is_meta:
+            args = tuple("meta" if isinstance(a, (str, torch.device)) else a for a in args)
+            if kwargs.get("device") is not None:
+                kwargs["device"] = "meta"
+        return function(*args, **kwargs)
 
 
 def _find_expert_maps() -> Iterator[tuple[Any, str]]:

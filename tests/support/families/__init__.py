@@ -30,6 +30,7 @@ from support.families.family import (
 from support.families.mla import MLA_FAMILIES
 from support.families.other import OTHER_FAMILIES
 from support.families.qwen3_5 import QWEN3_5_FAMILIES
+from support.families.switched_on import SWITCHED_ON_FAMILIES
 from support.families.wrapped import WRAPPED_FAMILIES
 
 
@@ -236,5 +237,6 @@ FAMILIES = (
     *DELTA_FAMILIES,
     *MLA_FAMILIES,
     *OTHER_FAMILIES,
+    *SWITCHED_ON_FAMILIES,
     *WRAPPED_FAMILIES,
 )

@@ -68,6 +68,7 @@ class Family:
         until: last release that has it; None if 0.33.0 has it.
         sizes: tensor-parallel sizes at which the model can be built.
         required: name -> shape of further weights that its loader requires in a checkpoint.
+        transposed: whether a checkpoint stores the modules' weights as input by output.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Family:
     until: str | None = None
     sizes: tuple[int, ...] = (1, 2, 4, 8)
     required: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    transposed: bool = False
 
 
 class StubExperts(nn.Module):
