@@ -255,6 +255,22 @@ DEFECTS = (
         "#37912 (0.21.0). This package leaves it: two GEMMs cost 1 to 6 % more than one.",
     ),
     Defect(
+        "copied-per-token",
+        "On CPU, every LoRA layer copies the adapter for each token: a prompt is read at a tenth of the "
+        "base model's speed.",
+        (Seen("0.17.0", None),),
+        (),
+        "Products on CPU that multiply all tokens of an adapter at once.",
+    ),
+    Defect(
+        "last-slot-on-cpu",
+        "On CPU, a token without LoRA in a batch with adapters gets the LoRA of the last slot, if it has "
+        "an adapter (`--max-loras` adapters are in use).",
+        (Seen("0.17.0", "0.32.0"),),
+        (),
+        "0.33.0.",
+    ),
+    Defect(
         "copied-lora-a",
         "Qwen3.5's LoRA-A is stored and multiplied once per output (4) instead of once per module (2).",
         (Seen("0.21.0", None),),

@@ -13,6 +13,7 @@ from typing import Any
 
 import wrapt
 
+from vllm_nway_lora import settings
 from vllm_nway_lora.compat import defects
 from vllm_nway_lora.compat.patching import Group, Need, Patch
 
@@ -139,6 +140,19 @@ GROUPS = (
             ),
         ),
     ),
+    # In the workers, on CPU: all tokens of an adapter are multiplied at once, in every LoRA layer.
+    Group(
+        "vllm.lora.worker_manager",
+        (
+            Patch(
+                "products-on-cpu",
+                Need("vllm.lora.model_manager", "get_punica_wrapper"),
+                _wrapped_by("layers.punica:get_punica_wrapper"),
+            ),
+        ),
+        ("copied-per-token", "last-slot-on-cpu"),
+        switch=settings.CPU_VARIABLE,
+    ),
     # In the engine core: an adapter is loaded by all ranks or by none, and its failure does not
     # end the engine.
     Group(
@@ -255,3 +269,12 @@ GROUPS = (
 def is_needed(group: Group, version: str) -> bool:
     """Return whether ``version`` of vLLM has a defect that ``group`` fixes."""
     return any(defects.find(name).affects(version) for name in group.defects)
+
+
+def is_switched_on(group: Group) -> bool:
+    """Return whether the environment leaves ``group`` on.
+
+    Raises:
+        ValueError: the value of its variable is invalid.
+    """
+    return not group.switch or settings.is_on(group.switch)

@@ -1,181 +1,195 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA products on CPU, grouped by adapter.
+"""LoRA products on CPU: all tokens of an adapter are multiplied by its A and B at once.
 
-vLLM's CPU wrapper copies the adapter's whole A and B for every token and multiplies each copy by
-one row. This module multiplies all tokens of an adapter by its A and B at once, without a copy.
+Every function takes a :class:`~vllm_nway_lora.layers.cpu_batches.Batch` that fits its rows. Operands
+and dtypes are those of vLLM's products: the sums of A are float32, B is multiplied in the output's
+dtype. The sum is rounded once, vLLM rounds it twice. Tokens without LoRA stay unchanged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch.nn.functional import linear
 
+from vllm_nway_lora.layers.cpu_batches import Batch, FewTokens, group
 
-def group_by_adapter(punica_wrapper: Any) -> Any:
-    """Return ``GroupedPunica`` around vLLM's CPU wrapper; return any other wrapper unchanged.
 
-    Subclasses of vLLM's CPU wrapper belong to platforms outside vLLM and can compute the products
-    in another way, so they are returned unchanged too.
+def add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    scale: float,
+    widths: Sequence[int],
+    batch: Batch,
+) -> None:
+    """Add every slice's ``scale * x A^T B^T`` to ``y``, in place.
+
+    Args:
+        y: base output, ``(tokens, local width)``.
+        x: ``(tokens, input_size)``.
+        lora_a: per slice ``(max_loras, 1, max_lora_rank, input_size)``.
+        lora_b: per slice ``(max_loras, 1, width, max_lora_rank)``.
+        scale: factor of the LoRA part.
+        widths: width of each slice, in columns of ``y``. The slices begin at column 0.
+        batch: the tokens by adapter.
     """
-    try:
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-    except ImportError:
-        return punica_wrapper
-    if type(punica_wrapper) is not PunicaWrapperCPU:
-        return punica_wrapper
-    return GroupedPunica(punica_wrapper)
+    # A product of bfloat16 has sums in float32, and is rounded to bfloat16 as B's product requires.
+    is_native = x.dtype == lora_a[0].dtype == y.dtype and x.dtype is torch.bfloat16
+    dtype = x.dtype if is_native else torch.float32
+    slices = list(zip(lora_a, lora_b, _columns(y, widths, 0), strict=True))
+    if batch.few is not None:
+        few = batch.few
+        tokens = _gather(x, few).to(dtype)
+        for a, b, columns in slices:
+            h = _scale(torch.bmm(tokens, a[few.slots, 0].to(dtype).transpose(1, 2)), scale)
+            _expand_few(columns, h, b, few)
+        return
+    for slot, rows in batch.groups:
+        tokens = (x if batch.is_uniform else x[rows]).to(dtype)
+        for a, b, columns in slices:
+            h = _scale(linear(tokens, a[slot, 0].to(dtype)), scale)
+            _expand_group(columns, h, b[slot, 0], rows)
 
 
-class GroupedPunica:
-    """The part of vLLM's punica wrapper that a column-parallel LoRA layer calls.
+def shrink(
+    buffers: Sequence[torch.Tensor] | torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    scale: float,
+    batch: Batch,
+) -> None:
+    """Set ``buffers``, per slice ``(tokens, rows of A)``, to ``scale * x A^T``, in place."""
+    for slot, rows in batch.groups:
+        tokens = x[rows].to(buffers[0].dtype)
+        for buffer, a in zip(buffers, lora_a, strict=True):
+            # A buffer can be wider than A, as in vLLM.
+            buffer[rows, : a.shape[-2]] = scale * linear(tokens, a[slot, 0].to(buffer.dtype))
 
-    Operands and dtypes are those of ``PunicaWrapperCPU``: A is applied in the buffers' float32, B in
-    the output's dtype. This class rounds the sum once, vLLM rounds it twice. Tokens with index -1,
-    and tokens after the end of the mapping (padding), stay unchanged.
 
-    A call with an argument that is unknown here goes to vLLM: a later release may pass one.
+def expand(
+    y: torch.Tensor,
+    buffers: Sequence[torch.Tensor] | torch.Tensor,
+    lora_b: Sequence[torch.Tensor],
+    widths: Sequence[int],
+    offset: int,
+    batch: Batch,
+) -> None:
+    """Add ``buffers B^T`` per slice to ``y``, in place.
+
+    The slices are consecutive in ``y``'s columns and begin at ``offset``.
     """
-
-    def __init__(self, punica_wrapper: Any) -> None:
-        self._wrapper = punica_wrapper
-
-    def __getattr__(self, name: str) -> Any:
-        """Return any other attribute of vLLM's wrapper."""
-        return getattr(object.__getattribute__(self, "_wrapper"), name)
-
-    def add_lora_linear(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: Sequence[torch.Tensor],
-        lora_b_stacked: Sequence[torch.Tensor],
-        scale: float,
-        output_slices: Sequence[int],
-        **unknown: Any,
-    ) -> None:
-        """Add every slice's LoRA to ``y``, in place.
-
-        Args:
-            y: base output, ``(tokens, local width)``.
-            x: ``(tokens, input_size)``.
-            lora_a_stacked: per slice ``(max_loras, 1, max_lora_rank, input_size)``.
-            lora_b_stacked: per slice ``(max_loras, 1, width, max_lora_rank)``.
-            scale: factor of the LoRA part.
-            output_slices: width of each slice, in columns of ``y``.
-        """
-        if unknown:
-            self._wrapper.add_lora_linear(
-                y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **unknown
-            )
-            return
-        shape = (len(lora_a_stacked), x.shape[0], lora_a_stacked[0].shape[2])
-        buffers = torch.zeros(shape, dtype=torch.float32, device=x.device)
-        self.add_shrink(buffers, x, lora_a_stacked, scale)
-        self.add_expand(y, buffers, lora_b_stacked, output_slices)
-
-    def add_shrink(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: Sequence[torch.Tensor],
-        scale: float,
-        **unknown: Any,
-    ) -> None:
-        """Set ``y``, ``(slices, tokens, rows of A)``, to ``scale * x A^T`` per slice, in place."""
-        if unknown:
-            self._wrapper.add_shrink(y, x, lora_a_stacked, scale, **unknown)
-            return
-        indices = self._wrapper.token_lora_indices
-        torch.ops.nway_lora.shrink(y, x, list(lora_a_stacked), indices, scale)
-
-    def add_expand(
-        self,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_b_stacked: Sequence[torch.Tensor],
-        output_slices: Sequence[int],
-        offset_start: int = 0,
-        add_input: bool = True,  # vLLM's layers pass it, and its CPU wrapper ignores it
-        **unknown: Any,
-    ) -> None:
-        """Add ``x B^T`` per slice to ``y``, in place; ``x`` is ``(slices, tokens, max_lora_rank)``.
-
-        The slices are contiguous in ``y``'s columns and begin at ``offset_start``.
-        """
-        if unknown:
-            self._wrapper.add_expand(y, x, lora_b_stacked, output_slices, offset_start, **unknown)
-            return
-        indices = self._wrapper.token_lora_indices
-        widths = list(output_slices)
-        torch.ops.nway_lora.expand(y, x, list(lora_b_stacked), indices, widths, offset_start)
+    for buffer, b, columns in zip(buffers, lora_b, _columns(y, widths, offset), strict=True):
+        if batch.few is not None:
+            _expand_few(columns, _gather(buffer, batch.few), b, batch.few)
+            continue
+        for slot, rows in batch.groups:
+            _expand_group(columns, buffer[rows], b[slot, 0], rows)
 
 
-def _groups(indices: torch.Tensor, tokens: int) -> Iterator[tuple[int, slice | torch.Tensor]]:
-    """Yield each adapter's slot and its tokens: a slice if they are contiguous, else their indices.
-
-    Raises:
-        ValueError: the mapping has more tokens than the input.
-    """
-    if len(indices) > tokens:
-        raise ValueError(f"LoRA's mapping has {len(indices)} tokens, the input has {tokens}")
-    slots, counts = (t.tolist() for t in indices.unique_consecutive(return_counts=True))
-    stops = list(accumulate(counts))
-    for slot in sorted({*slots} - {-1}):
-        if slots.count(slot) > 1:
-            yield slot, (indices == slot).nonzero().flatten()
-        else:
-            run = slots.index(slot)
-            yield slot, slice(stops[run] - counts[run], stops[run])
+def _columns(y: torch.Tensor, widths: Sequence[int], offset: int) -> Iterable[torch.Tensor]:
+    if offset == 0 and len(widths) == 1 and widths[0] == y.shape[1]:
+        return (y,)
+    starts = [offset + sum(widths[:number]) for number in range(len(widths))]
+    return [y[:, start : start + width] for start, width in zip(starts, widths, strict=True)]
 
 
-def _shrink(
+def _scale(h: torch.Tensor, scale: float) -> torch.Tensor:
+    return h if scale == 1 else h * scale
+
+
+def _gather(x: torch.Tensor, few: FewTokens) -> torch.Tensor:
+    """Return the row of each place, ``(adapters, places per adapter, columns)``."""
+    return x.index_select(0, few.tokens).view(few.adapters, -1, x.shape[1])
+
+
+def _expand_few(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, few: FewTokens) -> None:
+    weights = b[few.slots, 0].to(y.dtype).transpose(1, 2)
+    product = torch.bmm(h.to(y.dtype), weights).flatten(0, 1).index_select(0, few.places)
+    if few.rows is None:
+        y[: len(product)].add_(product)  # the rest is padding
+    else:
+        y.index_add_(0, few.rows, product)
+
+
+def _expand_group(
+    y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, rows: slice | torch.Tensor
+) -> None:
+    h, weight = h.to(y.dtype), b.to(y.dtype).t()
+    if isinstance(rows, slice):
+        y[rows].addmm_(h, weight)
+    else:
+        y.index_add_(0, rows, h @ weight)
+
+
+def _add_traced(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    lora_a: Sequence[torch.Tensor],
+    lora_b: Sequence[torch.Tensor],
+    scale: float,
+    widths: Sequence[int],
+    indices: torch.Tensor,
+) -> None:
+    add(y, x, lora_a, lora_b, scale, widths, _group(indices, len(x)))
+
+
+def _shrink_traced(
     buffers: torch.Tensor,
     x: torch.Tensor,
     lora_a: Sequence[torch.Tensor],
-    indices: torch.Tensor,
     scale: float,
+    indices: torch.Tensor,
 ) -> None:
-    for slot, rows in _groups(indices, x.shape[0]):
-        # Once per adapter, not once per slice.
-        tokens = x[rows].to(buffers.dtype)
-        for buffer, a in zip(buffers, lora_a, strict=True):
-            buffer[rows] = scale * linear(tokens, a[slot, 0].to(buffers.dtype))
+    shrink(buffers, x, lora_a, scale, _group(indices, len(x)))
 
 
-def _expand(
+def _expand_traced(
     y: torch.Tensor,
     buffers: torch.Tensor,
     lora_b: Sequence[torch.Tensor],
-    indices: torch.Tensor,
     widths: Sequence[int],
     offset: int,
+    indices: torch.Tensor,
 ) -> None:
-    for slot, rows in _groups(indices, y.shape[0]):
-        start = offset
-        for buffer, b, width in zip(buffers, lora_b, widths, strict=True):
-            columns = y[:, start : start + width]
-            shrunk, weight = buffer[rows].to(y.dtype), b[slot, 0].to(y.dtype).t()
-            if isinstance(rows, slice):
-                columns[rows].addmm_(shrunk, weight)
-            else:
-                columns.index_add_(0, rows, shrunk @ weight)
-            start += width
+    expand(y, buffers, lora_b, widths, offset, _group(indices, len(y)))
 
 
-# As operators, they are opaque to torch.compile. The adapters of a batch are known only when it
-# runs; inlined, the products would be traced for the adapters of the first batch.
+def _group(indices: torch.Tensor, rows: int) -> Batch:
+    """Group the tokens of a compiled layer.
+
+    Raises:
+        ValueError: the mapping has more tokens than the input, and several adapters.
+    """
+    batch = group(indices)
+    if not batch.fits(rows):
+        raise ValueError(f"LoRA's mapping has {batch.size} tokens, the input has {rows}")
+    return batch
+
+
+# For torch.compile, the products are operators that it does not look into. The adapters of a batch are
+# known only when it runs; inlined, the products would be traced for the adapters of the first batch.
+# Without torch.compile the functions are called directly: an operator of Python costs microseconds.
 _library = torch.library.Library("nway_lora", "DEF")
-_library.define(
-    "shrink(Tensor(a!) buffers, Tensor x, Tensor[] lora_a, Tensor indices, float scale) -> ()"
-)
-_library.define(
-    "expand(Tensor(a!) y, Tensor buffers, Tensor[] lora_b, Tensor indices, SymInt[] widths, "
-    "SymInt offset) -> ()"
-)
-for _name, _function in (("shrink", _shrink), ("expand", _expand)):
+for _schema, _function in (
+    (
+        "add(Tensor(a!) y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, float scale, SymInt[] widths, "
+        "Tensor indices) -> ()",
+        _add_traced,
+    ),
+    (
+        "shrink(Tensor(a!) buffers, Tensor x, Tensor[] lora_a, float scale, Tensor indices) -> ()",
+        _shrink_traced,
+    ),
+    (
+        "expand(Tensor(a!) y, Tensor buffers, Tensor[] lora_b, SymInt[] widths, SymInt offset, "
+        "Tensor indices) -> ()",
+        _expand_traced,
+    ),
+):
+    _library.define(_schema)
+    _name = _schema.partition("(")[0]
     _library.impl(_name, _function, "CPU")
     torch.library.register_fake(f"nway_lora::{_name}", lambda *_: None, lib=_library)
