@@ -55,7 +55,7 @@ EXCEPTIONS = {
 #: Imports of the package that may fail -> what happens then.
 OPTIONAL_IMPORTS = {
     "vllm.lora.layers.custom_layer": "`step5.layer_classes` returns none",
-    "vllm.lora.punica_wrapper.punica_cpu": "`group_by_adapter` leaves the wrapper unchanged",
+    "vllm.lora.punica_wrapper.punica_cpu": "imported only where vLLM hands out that class",
 }
 
 ALL_NEEDS = (

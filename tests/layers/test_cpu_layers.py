@@ -34,7 +34,7 @@ def rank() -> Ranks:
     [
         (torch.float32, torch.float32, 1e-5),
         (torch.bfloat16, torch.bfloat16, 2**-7),
-        (torch.bfloat16, torch.float32, 2**-7),
+        (torch.bfloat16, torch.float32, 2**-6),  # vLLM rounds LoRA-B too
     ],
     ids=["float32", "bfloat16", "bfloat16-float32"],
 )

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA products on CPU: all tokens of an adapter are multiplied by its A and B at once.
 
-Every function takes a :class:`~vllm_nway_lora.layers.cpu_batches.Batch` that fits its rows. Operands
-and dtypes are those of vLLM's products: the sums of A are float32, B is multiplied in the output's
-dtype. The sum is rounded once, vLLM rounds it twice. Tokens without LoRA stay unchanged.
+Every function takes a :class:`~vllm_nway_lora.layers.cpu_batches.Batch` that fits its rows. All sums are
+of float32, as in vLLM. The sum of A is rounded to the output's dtype at most once, as in vLLM; that of B
+once, where vLLM rounds it twice. Tokens without LoRA stay unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -16,42 +18,100 @@ from torch.nn.functional import linear
 from vllm_nway_lora.layers.cpu_batches import Batch, FewTokens, group
 
 
+#: Up to this many multiply-adds, a product of float32 takes less time on CPU than one of bfloat16, the
+#: conversion of the weights included: PyTorch prepares every bfloat16 product for 13 microseconds.
+SMALL = 2**19
+
+
+class Slice(NamedTuple):
+    """One slice of a layer, prepared: a view of a tensor takes a microsecond.
+
+    Attributes:
+        a: ``(max_loras, max_lora_rank, input_size)``.
+        b: ``(max_loras, width, max_lora_rank)``.
+        a_slots: per slot its matrix of ``a``.
+        b_slots: per slot its matrix of ``b``.
+        columns: the slice's columns in the layer's output.
+        a_size: numbers in a matrix of ``a``.
+        b_size: numbers in a matrix of ``b``.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    a_slots: Sequence[torch.Tensor]
+    b_slots: Sequence[torch.Tensor]
+    columns: slice
+    a_size: int
+    b_size: int
+
+
+def prepare(
+    lora_a: Sequence[torch.Tensor], lora_b: Sequence[torch.Tensor], widths: Sequence[int]
+) -> tuple[Slice, ...]:
+    """Return the slices of a layer, without a copy.
+
+    Args:
+        lora_a: per slice ``(max_loras, 1, max_lora_rank, input_size)``.
+        lora_b: per slice ``(max_loras, 1, width, max_lora_rank)``.
+        widths: width of each slice, in columns of the output. The slices begin at column 0.
+    """
+    slices = []
+    stops = accumulate(widths)
+    for stacked_a, stacked_b, width, stop in zip(lora_a, lora_b, widths, stops, strict=True):
+        a, b = stacked_a[:, 0], stacked_b[:, 0]
+        columns = slice(stop - width, stop)
+        slices.append(
+            Slice(a, b, a.unbind(), b.unbind(), columns, a[0].numel(), b[0].numel())
+        )
+    return tuple(slices)
+
+
 def add(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    lora_a: Sequence[torch.Tensor],
-    lora_b: Sequence[torch.Tensor],
-    scale: float,
-    widths: Sequence[int],
-    batch: Batch,
+    y: torch.Tensor, x: torch.Tensor, slices: Sequence[Slice], scale: float, batch: Batch
 ) -> None:
     """Add every slice's ``scale * x A^T B^T`` to ``y``, in place.
 
     Args:
         y: base output, ``(tokens, local width)``.
         x: ``(tokens, input_size)``.
-        lora_a: per slice ``(max_loras, 1, max_lora_rank, input_size)``.
-        lora_b: per slice ``(max_loras, 1, width, max_lora_rank)``.
+        slices: the layer's slices.
         scale: factor of the LoRA part.
-        widths: width of each slice, in columns of ``y``. The slices begin at column 0.
         batch: the tokens by adapter.
     """
-    # A product of bfloat16 has sums in float32, and is rounded to bfloat16 as B's product requires.
-    is_native = x.dtype == lora_a[0].dtype == y.dtype and x.dtype is torch.bfloat16
-    dtype = x.dtype if is_native else torch.float32
-    slices = list(zip(lora_a, lora_b, _columns(y, widths, 0), strict=True))
+    is_native = x.dtype is torch.bfloat16 and slices[0].a.dtype is y.dtype is x.dtype
+    is_whole = len(slices) == 1 and slices[0].columns == slice(0, y.shape[1])
     if batch.few is not None:
-        few = batch.few
-        tokens = _gather(x, few).to(dtype)
-        for a, b, columns in slices:
-            h = _scale(torch.bmm(tokens, a[few.slots, 0].to(dtype).transpose(1, 2)), scale)
-            _expand_few(columns, h, b, few)
+        _add_few(y, x, slices, scale, batch.few, is_native)
         return
     for slot, rows in batch.groups:
-        tokens = (x if batch.is_uniform else x[rows]).to(dtype)
-        for a, b, columns in slices:
-            h = _scale(linear(tokens, a[slot, 0].to(dtype)), scale)
-            _expand_group(columns, h, b[slot, 0], rows)
+        tokens = x if batch.is_uniform else x[rows]
+        count = tokens.shape[0]
+        # Sums of A's bfloat16 product are float32, and then rounded as B's product requires.
+        dtype = _choose(is_native, count * slices[0].a_size)
+        tokens = tokens.to(dtype)
+        for part in slices:
+            h = linear(tokens, part.a_slots[slot].to(dtype))
+            if scale != 1:
+                h *= scale
+            target = y if is_whole else y[:, part.columns]
+            _expand_group(target, h, part.b_slots[slot], None if batch.is_uniform else rows)
+
+
+def _add_few(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    slices: Sequence[Slice],
+    scale: float,
+    few: FewTokens,
+    is_native: bool,
+) -> None:
+    dtype = _choose(is_native, len(few.tokens) * slices[0].a_size)
+    tokens = _gather(x, few).to(dtype)
+    for part in slices:
+        h = torch.bmm(tokens, part.a[few.slots].to(dtype).transpose(1, 2))
+        if scale != 1:
+            h *= scale
+        _expand_few(y[:, part.columns], h, part.b, few)
 
 
 def shrink(
@@ -83,21 +143,20 @@ def expand(
     """
     for buffer, b, columns in zip(buffers, lora_b, _columns(y, widths, offset), strict=True):
         if batch.few is not None:
-            _expand_few(columns, _gather(buffer, batch.few), b, batch.few)
+            _expand_few(columns, _gather(buffer, batch.few), b[:, 0], batch.few)
             continue
         for slot, rows in batch.groups:
             _expand_group(columns, buffer[rows], b[slot, 0], rows)
 
 
 def _columns(y: torch.Tensor, widths: Sequence[int], offset: int) -> Iterable[torch.Tensor]:
-    if offset == 0 and len(widths) == 1 and widths[0] == y.shape[1]:
-        return (y,)
-    starts = [offset + sum(widths[:number]) for number in range(len(widths))]
-    return [y[:, start : start + width] for start, width in zip(starts, widths, strict=True)]
+    for width, stop in zip(widths, accumulate(widths), strict=True):
+        yield y[:, offset + stop - width : offset + stop]
 
 
-def _scale(h: torch.Tensor, scale: float) -> torch.Tensor:
-    return h if scale == 1 else h * scale
+def _choose(is_native: bool, multiply_adds: int) -> torch.dtype:
+    """Return the dtype of a product, in which its sums are float32."""
+    return torch.bfloat16 if is_native and multiply_adds > SMALL else torch.float32
 
 
 def _gather(x: torch.Tensor, few: FewTokens) -> torch.Tensor:
@@ -106,22 +165,29 @@ def _gather(x: torch.Tensor, few: FewTokens) -> torch.Tensor:
 
 
 def _expand_few(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, few: FewTokens) -> None:
-    weights = b[few.slots, 0].to(y.dtype).transpose(1, 2)
-    product = torch.bmm(h.to(y.dtype), weights).flatten(0, 1).index_select(0, few.places)
+    dtype = _choose(y.dtype is torch.bfloat16, len(few.tokens) * b[0].numel())
+    product = torch.bmm(h.to(dtype), b[few.slots].to(dtype).transpose(1, 2))
+    product = product.flatten(0, 1).index_select(0, few.places)
     if few.rows is None:
         y[: len(product)].add_(product)  # the rest is padding
     else:
-        y.index_add_(0, few.rows, product)
+        y.index_add_(0, few.rows, product.to(y.dtype))
 
 
 def _expand_group(
-    y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, rows: slice | torch.Tensor
+    y: torch.Tensor, h: torch.Tensor, b: torch.Tensor, rows: slice | torch.Tensor | None
 ) -> None:
-    h, weight = h.to(y.dtype), b.to(y.dtype).t()
-    if isinstance(rows, slice):
-        y[rows].addmm_(h, weight)
+    """Add one adapter's ``h B^T`` to ``rows`` of ``y``; None is every row."""
+    dtype = _choose(y.dtype is torch.bfloat16, h.shape[0] * b.numel())
+    h, weight = h.to(dtype), b.to(dtype)
+    if isinstance(rows, torch.Tensor):
+        y.index_add_(0, rows, linear(h, weight).to(y.dtype))
+        return
+    y = y if rows is None else y[rows]
+    if dtype is y.dtype:
+        y.addmm_(h, weight.t())
     else:
-        y.index_add_(0, rows, h @ weight)
+        y.add_(linear(h, weight))
 
 
 def _add_traced(
@@ -133,7 +199,7 @@ def _add_traced(
     widths: Sequence[int],
     indices: torch.Tensor,
 ) -> None:
-    add(y, x, lora_a, lora_b, scale, widths, _group(indices, len(x)))
+    add(y, x, prepare(lora_a, lora_b, widths), scale, _group(indices, len(x)))
 
 
 def _shrink_traced(

@@ -15,6 +15,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_nway_lora.layers import cpu_products
 from vllm_nway_lora.layers.cpu_batches import NO_LORA, Batch, group
+from vllm_nway_lora.layers.cpu_products import Slice
 
 
 class GroupedPunicaWrapper(PunicaWrapperCPU):
@@ -27,12 +28,14 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
 
     _tokens: Batch = NO_LORA
     _prompts: Batch = NO_LORA
+    _prepared: dict[int, tuple[Any, Any, tuple[Slice, ...]]]
 
     @classmethod
     def take_over(cls, punica_wrapper: PunicaWrapperCPU) -> GroupedPunicaWrapper:
         """Return a wrapper with the state of vLLM's."""
         grouped = cls.__new__(cls)
         vars(grouped).update(vars(punica_wrapper))
+        grouped._prepared = {}
         return grouped
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
@@ -73,10 +76,8 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             cpu_products.add(
                 _flatten(y),
                 _flatten(x),
-                lora_a_stacked,
-                lora_b_stacked,
+                self._prepare(lora_a_stacked, lora_b_stacked, output_slices),
                 scale,
-                output_slices,
                 self._tokens,
             )
 
@@ -176,12 +177,29 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             cpu_products.add(
                 _flatten(y),
                 _flatten(x),
-                (lora_a_stacked,),
-                (lora_b_stacked,),
+                self._prepare(lora_a_stacked, lora_b_stacked, (width,)),
                 scale,
-                (width,),
                 self._prompts,
             )
+
+    def _prepare(self, lora_a: Any, lora_b: Any, widths: Sequence[int]) -> tuple[Slice, ...]:
+        """Return a layer's slices. They are kept for as long as its tensors are the same ones.
+
+        Args:
+            lora_a: the layer's tensors, or its one tensor.
+            lora_b: likewise.
+            widths: width of each slice.
+        """
+        kept = self._prepared.get(id(lora_a))
+        if kept is not None and kept[0] is lora_a and kept[1] is lora_b:
+            return kept[2]
+        is_one = isinstance(lora_a, torch.Tensor)
+        slices = cpu_products.prepare(
+            (lora_a,) if is_one else lora_a, (lora_b,) if is_one else lora_b, widths
+        )
+        if isinstance(lora_a, (tuple, torch.Tensor)):  # a list can change
+            self._prepared[id(lora_a)] = lora_a, lora_b, slices
+        return slices
 
 
 def _count_rows(x: torch.Tensor) -> int:
