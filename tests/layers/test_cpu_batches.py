@@ -104,7 +104,9 @@ def test_batch_of_one_adapter_holds_for_any_number_of_rows(
     assert torch.equal(logits, wanted)
 
 
-@pytest.mark.parametrize("method", ["add_lora_linear", "add_shrink", "add_expand", "add_lora_logits"])
+@pytest.mark.parametrize(
+    "method", ["add_lora_linear", "add_shrink", "add_expand", "add_lora_logits"]
+)
 def test_fewer_rows_than_tokens_of_several_adapters_go_to_vllm(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

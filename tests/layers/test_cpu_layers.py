@@ -51,7 +51,9 @@ def test_equals_stock_within_rounding(
     assert found.keys() == CLASSES
     for name, (ours, stock) in found.items():
         bound = rounding * float(stock.abs().max())
-        torch.testing.assert_close(ours, stock, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours, stock, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_tokens_without_lora_beside_full_slots(rank: Ranks) -> None:

@@ -86,9 +86,7 @@ def build(case: Case) -> dict[str, Any]:
         "replicated": (linear.ReplicatedLinear(HIDDEN, 40, **given), ["a"]),
         "embedding": (VocabParallelEmbedding(VOCAB, HIDDEN, params_dtype=case.dtype), ["a"]),
     }
-    config = LoRAConfig(
-        max_lora_rank=MAX_RANK, max_loras=MAX_LORAS, lora_dtype=case.lora_dtype
-    )
+    config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS, lora_dtype=case.lora_dtype)
     layers = {
         name: utils.from_layer(base, MAX_LORAS, config, modules, None)
         for name, (base, modules) in bases.items()

@@ -110,6 +110,7 @@ def _examine_vllm(report: Report) -> None:
     report.by_table = tables_here.list_tables(Path(vllm.__file__).parent)
     try:
         mode = settings.read_mode()
+        settings.is_on(settings.CPU_VARIABLE)
     except ValueError as error:
         report.warnings.append(str(error))
         return

@@ -17,7 +17,6 @@ from torch.nn.functional import linear
 
 from vllm_nway_lora.layers.cpu_batches import Batch, FewTokens, group
 
-
 #: Up to this many multiply-adds, a product of float32 takes less time on CPU than one of bfloat16, the
 #: conversion of the weights included: PyTorch prepares every bfloat16 product for 13 microseconds.
 SMALL = 2**19
@@ -60,9 +59,7 @@ def prepare(
     for stacked_a, stacked_b, width, stop in zip(lora_a, lora_b, widths, stops, strict=True):
         a, b = stacked_a[:, 0], stacked_b[:, 0]
         columns = slice(stop - width, stop)
-        slices.append(
-            Slice(a, b, a.unbind(), b.unbind(), columns, a[0].numel(), b[0].numel())
-        )
+        slices.append(Slice(a, b, a.unbind(), b.unbind(), columns, a[0].numel(), b[0].numel()))
     return tuple(slices)
 
 

@@ -26,23 +26,23 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     unknown here, and a mapping that does not say which adapter each row of the input has.
     """
 
-    _tokens: Batch = NO_LORA
-    _prompts: Batch = NO_LORA
-    _prepared: dict[int, tuple[Any, Any, tuple[Slice, ...]]]
+    _grouped_tokens: Batch = NO_LORA
+    _grouped_prompts: Batch = NO_LORA
+    _kept_slices: dict[int, tuple[Any, Any, tuple[Slice, ...]]]
 
     @classmethod
     def take_over(cls, punica_wrapper: PunicaWrapperCPU) -> GroupedPunicaWrapper:
         """Return a wrapper with the state of vLLM's."""
         grouped = cls.__new__(cls)
-        vars(grouped).update(vars(punica_wrapper))
-        grouped._prepared = {}
+        grouped.__dict__.update(punica_wrapper.__dict__)
+        grouped._kept_slices = {}
         return grouped
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
         """Set the slot of each token and of each prompt, and group them by adapter."""
         super().update_metadata(*args, **kwargs)
-        self._tokens = group(self.token_lora_indices)
-        self._prompts = group(self.sampler_indices)
+        self._grouped_tokens = group(self.token_lora_indices)
+        self._grouped_prompts = group(self.sampler_indices)
 
     def add_lora_linear(
         self,
@@ -68,17 +68,17 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 list(output_slices),
                 self.token_lora_indices,
             )
-        elif unknown or not self._tokens.fits(_count_rows(x)):
+        elif unknown or not self._grouped_tokens.fits(_count_rows(x)):
             super().add_lora_linear(
                 y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **unknown
             )
-        elif self._tokens.groups:
+        elif self._grouped_tokens.groups:
             cpu_products.add(
                 _flatten(y),
                 _flatten(x),
-                self._prepare(lora_a_stacked, lora_b_stacked, output_slices),
+                self._find_slices(lora_a_stacked, lora_b_stacked, output_slices),
                 scale,
-                self._tokens,
+                self._grouped_tokens,
             )
 
     def add_shrink(
@@ -95,10 +95,10 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             torch.ops.nway_lora.shrink(
                 y, _flatten(x), list(lora_a_stacked), scale, self.token_lora_indices
             )
-        elif not is_known or not self._tokens.fits(_count_rows(x)):
+        elif not is_known or not self._grouped_tokens.fits(_count_rows(x)):
             super().add_shrink(y, x, lora_a_stacked, scale, **unknown)
         else:
-            cpu_products.shrink(y, _flatten(x), lora_a_stacked, scale, self._tokens)
+            cpu_products.shrink(y, _flatten(x), lora_a_stacked, scale, self._grouped_tokens)
 
     def add_expand(
         self,
@@ -125,13 +125,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
                 offset_start,
                 self.token_lora_indices,
             )
-        elif not is_known or not self._tokens.fits(_count_rows(y)):
+        elif not is_known or not self._grouped_tokens.fits(_count_rows(y)):
             super().add_expand(
                 y, x, lora_b_stacked, output_slices, offset_start, add_inputs, **unknown
             )
         else:
             cpu_products.expand(
-                _flatten(y), x, lora_b_stacked, output_slices, offset_start, self._tokens
+                _flatten(y), x, lora_b_stacked, output_slices, offset_start, self._grouped_tokens
             )
 
     def add_lora_embedding(
@@ -171,18 +171,22 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         """
         width = lora_b_stacked.shape[-2]
         is_known = not unknown and width <= y.shape[-1]
-        if not is_known or torch.compiler.is_compiling() or not self._prompts.fits(_count_rows(x)):
+        if (
+            not is_known
+            or torch.compiler.is_compiling()
+            or not self._grouped_prompts.fits(_count_rows(x))
+        ):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **unknown)
-        elif self._prompts.groups:
+        elif self._grouped_prompts.groups:
             cpu_products.add(
                 _flatten(y),
                 _flatten(x),
-                self._prepare(lora_a_stacked, lora_b_stacked, (width,)),
+                self._find_slices(lora_a_stacked, lora_b_stacked, (width,)),
                 scale,
-                self._prompts,
+                self._grouped_prompts,
             )
 
-    def _prepare(self, lora_a: Any, lora_b: Any, widths: Sequence[int]) -> tuple[Slice, ...]:
+    def _find_slices(self, lora_a: Any, lora_b: Any, widths: Sequence[int]) -> tuple[Slice, ...]:
         """Return a layer's slices. They are kept for as long as its tensors are the same ones.
 
         Args:
@@ -190,7 +194,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             lora_b: likewise.
             widths: width of each slice.
         """
-        kept = self._prepared.get(id(lora_a))
+        kept = self._kept_slices.get(id(lora_a))
         if kept is not None and kept[0] is lora_a and kept[1] is lora_b:
             return kept[2]
         is_one = isinstance(lora_a, torch.Tensor)
@@ -198,12 +202,13 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
             (lora_a,) if is_one else lora_a, (lora_b,) if is_one else lora_b, widths
         )
         if isinstance(lora_a, (tuple, torch.Tensor)):  # a list can change
-            self._prepared[id(lora_a)] = lora_a, lora_b, slices
+            self._kept_slices[id(lora_a)] = lora_a, lora_b, slices
         return slices
 
 
 def _count_rows(x: torch.Tensor) -> int:
-    return x.shape[0] if x.ndim == 2 else x.shape[:-1].numel()
+    rows: int = x.shape[0] if x.ndim == 2 else x.shape[:-1].numel()
+    return rows
 
 
 def _flatten(x: torch.Tensor) -> torch.Tensor:
