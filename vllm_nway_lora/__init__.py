@@ -27,7 +27,7 @@ def register() -> None:
     imports neither torch nor ``vllm.lora``.
 
     Raises:
-        ValueError: ``VLLM_NWAY_LORA`` has an invalid value.
+        ValueError: ``VLLM_NWAY_LORA`` or ``VLLM_NWAY_LORA_CPU`` has an invalid value.
         RuntimeError: ``VLLM_NWAY_LORA=strict``, and a patch cannot be applied in this process.
     """
     from vllm_nway_lora.compat import registration

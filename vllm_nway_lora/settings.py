@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one setting, ``VLLM_NWAY_LORA``, and its registration with vLLM."""
+"""The settings, ``VLLM_NWAY_LORA`` and ``VLLM_NWAY_LORA_CPU``, and their registration with vLLM."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import wrapt
 from vllm_nway_lora import __version__
 
 VARIABLE = "VLLM_NWAY_LORA"
+#: Turns this package's products on CPU on (``1``, the default) or off (``0``).
+CPU_VARIABLE = "VLLM_NWAY_LORA_CPU"
 
 
 class Mode(enum.Enum):
@@ -40,8 +42,20 @@ def read_mode() -> Mode:
         ) from None
 
 
+def is_on(variable: str) -> bool:
+    """Return whether a variable that turns a group of patches off is unset, empty or ``1``.
+
+    Raises:
+        ValueError: the value is neither ``1`` nor ``0``.
+    """
+    value = os.environ.get(variable, "").strip() or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{variable}={value!r} is not a valid value. Set it to 1 (on) or 0 (off).")
+    return value == "1"
+
+
 def declare_to_vllm() -> None:
-    """Add the variable to ``vllm.envs``, now or when that module is imported.
+    """Add the variables to ``vllm.envs``, now or when that module is imported.
 
     vLLM 0.32.0 warns of a ``VLLM_*`` variable that it does not know, and refuses to start under
     ``--fail-on-environ-validation``. It hashes the variables that it knows into the key of its
@@ -54,6 +68,7 @@ def _declare(envs: ModuleType) -> None:
     # A release without that table must still be importable.
     variables = getattr(envs, "environment_variables", {})
     variables[VARIABLE] = _cache_key
+    variables[CPU_VARIABLE] = lambda: is_on(CPU_VARIABLE)
 
 
 def _cache_key() -> str:

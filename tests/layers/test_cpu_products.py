@@ -12,7 +12,7 @@ from support.layers import MAX_LORAS, MAX_RANK, TOKENS, Case, Fusion
 from support.ranks import Ranks
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from vllm_nway_lora.layers.cpu_products import GroupedPunica, group_by_adapter
+from vllm_nway_lora.layers.punica import group_by_adapter
 
 QKVZ = Fusion("in_proj_qkvz", (16, 16, 32, 32), ("in_proj_qkv", "in_proj_z"), ((0, 1, 2), (3,)))
 #: The slot of each token. One slot stays empty: see the reference in each test.
@@ -80,8 +80,13 @@ def exact(operands: dict[str, Any], slots: Sequence[int]) -> torch.Tensor:
 
 
 @pytest.fixture
-def punica() -> PunicaWrapperCPU:
+def ours() -> Any:
     return layers.punica_wrapper()
+
+
+@pytest.fixture
+def stock() -> PunicaWrapperCPU:
+    return layers.punica_wrapper(plugin=False)
 
 
 @pytest.mark.parametrize("prefill", [True, False], ids=["prefill", "decode"])
@@ -97,7 +102,8 @@ def punica() -> PunicaWrapperCPU:
     ids=["float32", "bfloat16", "bfloat16-float32", "float16"],
 )
 def test_equals_stock_within_rounding(
-    punica: PunicaWrapperCPU,
+    ours: Any,
+    stock: PunicaWrapperCPU,
     dtype: torch.dtype,
     lora_dtype: torch.dtype,
     rounding: float,
@@ -107,96 +113,73 @@ def test_equals_stock_within_rounding(
     slots = BATCHES[batch]
     given = operands(dtype, lora_dtype)
     given |= {name: given[name][: len(slots)] for name in ("x", "y")}
-    ours, theirs = given["y"].clone(), given["y"].clone()
-    layers.map_tokens(punica, slots, prefill)
-    GroupedPunica(punica).add_lora_linear(**given | {"y": ours})
-    punica.add_lora_linear(**given | {"y": theirs})
+    outputs = []
+    for punica in (ours, stock):
+        layers.map_tokens(punica, slots, prefill)
+        outputs.append(given["y"].clone())
+        punica.add_lora_linear(**given | {"y": outputs[-1]})
+    mine, theirs = outputs
     # An absolute bound: the terms of a sum near zero are not near zero.
     largest = float(theirs.abs().max())
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding * largest)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=rounding * largest)
     torch.testing.assert_close(
-        ours.double(), exact(given, slots), rtol=0, atol=2 * rounding * largest
+        mine.double(), exact(given, slots), rtol=0, atol=2 * rounding * largest
     )
 
 
-def test_padding_stays_unchanged(punica: PunicaWrapperCPU) -> None:
-    given = operands(torch.float32, torch.float32)
-    layers.map_tokens(punica, (0, 1, 1))
-    y = given["y"].clone()
-    GroupedPunica(punica).add_lora_linear(**given | {"y": y})
-    expected = exact(given, (0, 1, 1)).float()
-    torch.testing.assert_close(y[:3], expected[:3], rtol=0, atol=1e-4)
-    assert torch.equal(y[3:], given["y"][3:])
-
-
-def test_empty_batch(punica: PunicaWrapperCPU) -> None:
-    given = operands(torch.float32, torch.float32)
-    given |= {name: given[name][:0] for name in ("x", "y")}
-    layers.map_tokens(punica, (), prefill=False)  # vLLM cannot map an empty prefill
-    GroupedPunica(punica).add_lora_linear(**given)
-
-
-def test_mapping_with_more_tokens_than_input_is_refused(punica: PunicaWrapperCPU) -> None:
-    """vLLM's wrapper fails too, without the numbers."""
-    given = operands(torch.float32, torch.float32)
-    given |= {name: given[name][:3] for name in ("x", "y")}
-    layers.map_tokens(punica, (0,) * TOKENS)
-    with pytest.raises(ValueError, match=f"mapping has {TOKENS} tokens, the input has 3"):
-        GroupedPunica(punica).add_lora_linear(**given)
-    with pytest.raises(RuntimeError):
-        punica.add_lora_linear(**given)
-
-
 @pytest.mark.parametrize("slots", [(1,) * TOKENS, (0, 1) * (TOKENS // 2)], ids=["one", "mixed"])
-def test_expand_begins_at_its_offset(punica: PunicaWrapperCPU, slots: tuple[int, ...]) -> None:
+def test_expand_begins_at_its_offset(
+    ours: Any, stock: PunicaWrapperCPU, slots: tuple[int, ...]
+) -> None:
     """Columns before and behind the slices stay unchanged."""
     offset, behind = 5, 3
     given = operands(torch.float32, torch.float32)
     buffers = torch.randn(len(WIDTHS), TOKENS, MAX_RANK)
     y = torch.randn(TOKENS, offset + sum(WIDTHS) + behind)
-    ours, theirs = y.clone(), y.clone()
-    layers.map_tokens(punica, slots)
-    for wrapper, output in ((GroupedPunica(punica), ours), (punica, theirs)):
+    mine, theirs = y.clone(), y.clone()
+    for wrapper, output in ((ours, mine), (stock, theirs)):
+        layers.map_tokens(wrapper, slots)
         wrapper.add_expand(output, buffers, given["lora_b_stacked"], WIDTHS, offset_start=offset)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert torch.equal(ours[:, :offset], y[:, :offset])
-    assert torch.equal(ours[:, -behind:], y[:, -behind:])
-    assert not torch.equal(ours[:, offset:-behind], y[:, offset:-behind])
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert torch.equal(mine[:, :offset], y[:, :offset])
+    assert torch.equal(mine[:, -behind:], y[:, -behind:])
+    assert not torch.equal(mine[:, offset:-behind], y[:, offset:-behind])
 
 
-def test_other_attributes_are_those_of_vllms_wrapper(punica: PunicaWrapperCPU) -> None:
-    ours = GroupedPunica(punica)
-    assert ours.token_lora_indices is not None
-    assert ours.add_lora_embedding == punica.add_lora_embedding
-    with pytest.raises(AttributeError, match="nothing"):
-        ours.nothing  # noqa: B018
-    with pytest.raises(AttributeError, match="_wrapper"):
-        GroupedPunica.__new__(GroupedPunica)._wrapper  # noqa: B018
-
-
-def test_only_vllms_cpu_wrapper_is_replaced(punica: PunicaWrapperCPU) -> None:
+def test_only_vllms_cpu_wrapper_is_replaced(ours: Any, stock: PunicaWrapperCPU) -> None:
     class OfAnotherPlatform(PunicaWrapperCPU):
         pass
 
-    other = OfAnotherPlatform(TOKENS, TOKENS, "cpu")
-    assert group_by_adapter(other) is other
-    assert isinstance(group_by_adapter(punica), GroupedPunica)
+    for other in (OfAnotherPlatform(TOKENS, TOKENS, "cpu"), object(), ours):
+        assert group_by_adapter(other) is other
+    assert isinstance(ours, PunicaWrapperCPU)
+    assert type(ours) is not PunicaWrapperCPU
+    taken_over = vars(group_by_adapter(stock))
+    assert all(taken_over[name] is value for name, value in vars(stock).items())
 
 
-def test_unknown_arguments_go_to_vllm() -> None:
+def test_unknown_arguments_go_to_vllm(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    class Later:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *args, **kwargs: calls.append((name, args, kwargs))
+    def record(name: str) -> Any:
+        return lambda _, *args, **kwargs: calls.append((name, args, kwargs))
 
-    ours = GroupedPunica(Later())
-    y, x, a, b = object(), object(), (), ()
+    for name in ("add_lora_linear", "add_shrink", "add_expand", "add_lora_logits"):
+        monkeypatch.setattr(PunicaWrapperCPU, name, record(name))
+    monkeypatch.setattr(PunicaWrapperCPU, "add_lora_embedding", record("add_lora_embedding"))
+    y, x, a, b = torch.zeros(2, 8), torch.zeros(2, 4), (), ()
+    stacked = torch.zeros(1, 1, 8, 4)
     ours.add_lora_linear(y, x, a, b, 1.0, (8,), later=1)
     ours.add_shrink(y, x, a, 1.0, later=2)
     ours.add_expand(y, x, b, (8,), offset_start=4, add_input=True, later=3)
+    ours.add_expand(y, x, b, (8,), add_inputs=False)
+    ours.add_lora_embedding(y, x, stacked, add_inputs=False)
+    ours.add_lora_logits(y, x, stacked, stacked, 1.0, later=4)
     assert calls == [
         ("add_lora_linear", (y, x, a, b, 1.0, (8,)), {"later": 1}),
         ("add_shrink", (y, x, a, 1.0), {"later": 2}),
-        ("add_expand", (y, x, b, (8,), 4), {"later": 3}),
+        ("add_expand", (y, x, b, (8,), 4, True), {"later": 3}),
+        ("add_expand", (y, x, b, (8,), 0, False), {}),
+        ("add_lora_embedding", (y, x, stacked, False), {}),
+        ("add_lora_logits", (y, x, stacked, stacked, 1.0), {"later": 4}),
     ]

@@ -197,7 +197,7 @@ def set_adapter(layer: Any, slot: int, adapter: Sequence[Any]) -> None:
 
 def apply(case: Case, layer: Any, x: torch.Tensor, slots: Sequence[int]) -> Result:
     """Run a layer on a batch."""
-    punica = punica_wrapper()
+    punica = punica_wrapper(case.plugin)
     layer.set_mapping(punica)
     return Result(
         output=forward(case, layer, punica, x, slots),
@@ -228,14 +228,17 @@ def run_batches(
     return [forward(case, call, punica, x[: len(slots)], slots) for slots in batches]
 
 
-def punica_wrapper() -> Any:
-    """Return a new CPU punica wrapper of vLLM."""
+def punica_wrapper(plugin: bool = True) -> Any:
+    """Return a new CPU punica wrapper: of this package, or vLLM's own."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+    from vllm_nway_lora.layers.punica import group_by_adapter
+
     disable_pinned_memory()
     config = LoRAConfig(max_lora_rank=MAX_RANK, max_loras=MAX_LORAS)
-    return PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
+    wrapper = PunicaWrapperCPU(TOKENS, TOKENS, "cpu", lora_config=config)
+    return group_by_adapter(wrapper) if plugin else wrapper
 
 
 def map_tokens(punica: Any, slots: Sequence[int], prefill: bool = True) -> None:

@@ -236,7 +236,8 @@ OF_OPTIONAL_OWNERS = (
     *_of(
         f"{_LORA}.punica_wrapper.punica_cpu",
         "PunicaWrapperCPU",
-        *("add_expand", "add_lora_linear", "add_shrink", "token_lora_indices"),
+        *("add_expand", "add_lora_embedding", "add_lora_linear", "add_lora_logits", "add_shrink"),
+        *("sampler_indices", "token_lora_indices", "update_metadata"),
     ),
     *_of("vllm.model_executor.models.k2_horizon", "K2HorizonMoVAAttention", "v_experts"),
     *_of(

@@ -87,12 +87,14 @@ class Group:
         patches: the attributes to replace.
         defects: names of the defects that the group fixes (:mod:`vllm_nway_lora.compat.defects`).
         needs: other attributes that the replacements use.
+        switch: the environment variable that turns the group off; empty if it has none of its own.
     """
 
     anchor: str
     patches: tuple[Patch, ...]
     defects: tuple[str, ...]
     needs: tuple[Need, ...] = ()
+    switch: str = ""
 
 
 @dataclass(frozen=True)

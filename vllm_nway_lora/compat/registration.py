@@ -37,6 +37,8 @@ def register() -> None:
     settings.declare_to_vllm()
     if settings.read_mode() is settings.Mode.OFF:
         return
+    for group in groups.GROUPS:
+        groups.is_switched_on(group)  # raises here, not in an import, if a value is invalid
     _is_active = True
     if not _has_hooks:
         # wrapt cannot remove a hook, so the hooks stay and `_is_active` guards them.
@@ -86,6 +88,8 @@ def _on_import(module: ModuleType) -> None:
 
 def _apply(group: Group) -> None:
     """Apply a group if this release needs it and has all that it uses; else stand aside."""
+    if not groups.is_switched_on(group):
+        return
     version = importlib.import_module("vllm").__version__
     support = releases.support(version)
     if support is releases.Support.TOO_OLD:
@@ -123,7 +127,7 @@ def find_missing(version: str) -> tuple[str, ...]:
     targets = [
         need
         for group in groups.GROUPS
-        if groups.is_needed(group, version)
+        if groups.is_switched_on(group) and groups.is_needed(group, version)
         for need in (*group.needs, *(patch.target for patch in group.patches))
     ]
     release = releases.parse(version)

@@ -21,6 +21,8 @@ from vllm_nway_lora.diagnosis import issue, owners, tables_here
 #: The states of a patch: in place, not needed on this release, not applied; another package's function
 #: stands in its place, or around it and can call it.
 ON, NOT_NEEDED, ASIDE, REPLACED, WRAPPED = "on", "not needed here", "aside", "replaced", "wrapped"
+#: The state of a patch whose group its variable turns off.
+SWITCHED_OFF = "switched off"
 #: The beginning of a version that cannot be read.
 _ABSENT = "not installed"
 #: vLLM's table of LoRA layer classes (vllm/lora/utils.py).
@@ -110,6 +112,7 @@ def _examine_vllm(report: Report) -> None:
     report.by_table = tables_here.list_tables(Path(vllm.__file__).parent)
     try:
         mode = settings.read_mode()
+        settings.is_on(settings.CPU_VARIABLE)
     except ValueError as error:
         report.warnings.append(str(error))
         return
@@ -165,7 +168,7 @@ def _list_versions() -> dict[str, str]:
 
 
 def _list_variables() -> dict[str, str]:
-    names = (settings.VARIABLE, "VLLM_PLUGINS")
+    names = (settings.VARIABLE, settings.CPU_VARIABLE, "VLLM_PLUGINS")
     return {name: os.environ.get(name, "unset") for name in names}
 
 
@@ -231,6 +234,8 @@ def _examine(patch: Patch, group: Group, error: str) -> PatchState:
         error: the error of the import of the group's anchor, if any.
     """
     name, target = patch.name, str(patch.target)
+    if not groups.is_switched_on(group):
+        return PatchState(name, target, SWITCHED_OFF, f"{group.switch}=0")
     if not groups.is_needed(group, str(importlib.import_module("vllm").__version__)):
         return PatchState(name, target, NOT_NEEDED, f"this vLLM has no {', '.join(group.defects)}")
     placed = registration.placed().get(patch)

@@ -21,6 +21,7 @@ from vllm.utils import torch_utils
 
 from vllm_nway_lora.diagnosis.offline import Rank, initialize
 from vllm_nway_lora.diagnosis.stand_ins import StandInGroup
+from vllm_nway_lora.layers.punica import group_by_adapter
 
 _INPUT, _TOKENS, _RANK = 16, 4, 8
 
@@ -137,7 +138,7 @@ class _Layer:
             self.layer = utils.from_layer(base, 1, config, list(fusion.modules), None)
             single = len(lora_a) == 1
             self.layer.set_lora(0, *((t[0] if single else t) for t in (lora_a, lora_b)))
-        punica = PunicaWrapperCPU(_TOKENS, _TOKENS, "cpu", lora_config=config)
+        punica = group_by_adapter(PunicaWrapperCPU(_TOKENS, _TOKENS, "cpu", lora_config=config))
         mapping = LoRAMapping((1,) * _TOKENS, (1,), is_prefill=True)
         punica.update_metadata(mapping, [1], 2, 64)
         self.layer.set_mapping(punica)

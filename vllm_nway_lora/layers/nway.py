@@ -18,7 +18,6 @@ from vllm.model_executor.layers.linear import ColumnParallelLinear
 
 from vllm_nway_lora import __version__, settings
 from vllm_nway_lora.compat import releases
-from vllm_nway_lora.layers import cpu_products
 from vllm_nway_lora.layers.claims import plan_for
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import get_notes, set_notes
@@ -144,10 +143,6 @@ class NWayLinearWithLoRA(ColumnParallelLinearWithLoRA):
             a_slot[len(a) :].zero_()
         if b.shape[1] < b_slot.shape[1]:
             b_slot[:, b.shape[1] :].zero_()
-
-    def set_mapping(self, punica_wrapper: Any) -> None:
-        """Set the punica wrapper; on CPU, replace it with the grouped kernels."""
-        super().set_mapping(cpu_products.group_by_adapter(punica_wrapper))
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return base output plus LoRA: ``(tokens, input_size)`` to ``(tokens, local width)``."""
