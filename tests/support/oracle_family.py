@@ -83,6 +83,8 @@ def _save_with_transformers(folder: Path, dtype: torch.dtype) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     for name, parameter in model.named_parameters():
         # Not the transition matrices of state spaces.
-        if (parameter.dim() > 1 and not name.endswith("A_log")) or name.endswith("bias"):
+        is_zero = name.endswith("correct_output_scale")  # Gemma 3n's, at first
+        is_matrix = parameter.dim() > 1 and not name.endswith("A_log")
+        if is_matrix or is_zero or name.endswith("bias"):
             parameter.normal_(0, WEIGHT_STD)
     model.save_pretrained(folder)
