@@ -154,7 +154,7 @@ def engine() -> str:
             )
         )
     headings = ("load", "adapters", *(f"{n}, ms/step" for n in ("base", "stock", "plugin")),
-                "speed of stock / base", "speed of plugin / base", "plugin / stock")  # fmt: skip
+                "speed of stock / base", "speed of plugin / base", "speed of plugin / stock")  # fmt: skip
     return _table(headings, rows)
 
 
