@@ -48,9 +48,10 @@ class Bench:
     def __init__(self, case: Case, device: str) -> None:
         from vllm.config.lora import LoRAConfig
         from vllm.lora import utils, worker_manager  # noqa: F401  (its import applies the patches)
-        from vllm.lora.layers.base import BaseLayerWithLoRA
         from vllm.lora.punica_wrapper import get_punica_wrapper
         from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+        from vllm_nway_lora.layers.punica import group_by_adapter
 
         shape = self.shape = case.shape
         self.case, self.device = case, device
@@ -76,20 +77,22 @@ class Bench:
             case.tokens, case.tokens, torch.device(device), lora_config=config, max_loras=MAX_LORAS
         )
 
-        def wrapped(set_mapping: Callable[[Any, Any], None]) -> Any:
+        self.grouped = group_by_adapter(self.punica)
+
+        def wrapped(punica: Any) -> Any:
             layer = utils.from_layer(base, MAX_LORAS, config, list(shape.modules), None)
-            set_mapping(layer, self.punica)
+            layer.set_mapping(punica)
             return layer
 
         self.variants: dict[str, Any] = {}
         if case.has_stock_layer:
             os.environ["VLLM_NWAY_LORA"] = "0"
             vllm_nway_lora.unregister()
-            self.variants["stock"] = wrapped(BaseLayerWithLoRA.set_mapping)
+            self.variants["stock"] = wrapped(self.punica)
         os.environ["VLLM_NWAY_LORA"] = "1"
         vllm_nway_lora.register()
-        self.variants["slices"] = wrapped(BaseLayerWithLoRA.set_mapping)
-        self.variants["plugin"] = wrapped(lambda layer, punica: layer.set_mapping(punica))
+        self.variants["slices"] = wrapped(self.punica)
+        self.variants["plugin"] = wrapped(self.grouped)
         self.adapter = self._adapter()
         for layer in self.variants.values():
             for slot in range(case.adapters):
@@ -115,9 +118,13 @@ class Bench:
         per_adapter = self.case.tokens // self.case.adapters
         slots = [min(t // per_adapter, self.case.adapters - 1) for t in range(self.case.tokens)]
         ids = tuple(slot + 1 for slot in slots)
-        self.punica.update_metadata(
-            LoRAMapping(ids, ids, is_prefill=True), list(range(1, MAX_LORAS + 1)), MAX_LORAS, 512
-        )
+        for punica in (self.punica, self.grouped):
+            punica.update_metadata(
+                LoRAMapping(ids, ids, is_prefill=True),
+                list(range(1, MAX_LORAS + 1)),
+                MAX_LORAS,
+                512,
+            )
 
     def times(self, rounds: int, clock: Clock) -> dict[str, list[float]]:
         """Time each variant's LoRA part and the base product; return seconds per round by name."""

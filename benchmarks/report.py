@@ -48,7 +48,9 @@ def load(name: str) -> dict[str, Any]:
 def machines() -> str:
     """Return the table of machines and versions, one line per result."""
     keys = ("date", "cpu", "cores", "threads", "clock", "load_before", "vllm", "torch")
-    found = ((name, load(name)["machine"]) for name in ("layers", "startup", "engine", "gpu"))
+    found = (
+        (name, load(name)["machine"]) for name in ("layers", "startup", "engine", "costs", "gpu")
+    )
     rows = ((name, *(str(m.get(key) or "") for key in keys)) for name, m in found if m)
     return _table(("result", *keys), rows)
 
@@ -138,23 +140,37 @@ def startup() -> str:
 
 
 def engine() -> str:
-    """Return the table of the engine's throughput and time per token."""
+    """Return the table of the engine: milliseconds per step, and the base's time / each side's."""
     rows = []
     for row in load("engine")["rows"]:
-        speed, step = row["tokens_per_second"], row["ms_per_step"]
-        names = ("base", "stock", "plugin")
-        decode = not row["load"].startswith("prefill")
+        times, ratios = row["ms"], row["of_base"]
         rows.append(
             (
-                row["lora_on"],
                 row["load"],
-                *(f"{speed[n]:.0f}" if n in speed else "–" for n in names),
-                *(f"{step[n]:.1f}" if n in step and decode else "–" for n in names),
-                f"{row['speedup']:.2f}" if "speedup" in row else "–",
+                str(row["adapters"]),
+                *(f"{times[name]:.1f}" for name in ("base", "stock", "plugin")),
+                *(f"{ratios[name]:.2f}" for name in ("stock", "plugin")),
+                f"{row['speedup']:.2f}",
             )
         )
-    headings = ("LoRA on", "load", *(f"{n}, tokens/s" for n in ("base", "stock", "plugin")),
-                *(f"{n}, ms/token" for n in ("base", "stock", "plugin")), "plugin / stock")  # fmt: skip
+    headings = ("load", "adapters", *(f"{n}, ms/step" for n in ("base", "stock", "plugin")),
+                "speed of stock / base", "speed of plugin / base", "speed of plugin / stock")  # fmt: skip
+    return _table(headings, rows)
+
+
+def costs() -> str:
+    """Return the table of what requests and adapters cost the engine core, stock → plugin."""
+    rows = []
+    for row in load("costs")["rows"]:
+        counts = ("rpcs", "file_system_calls")
+        rows.append(
+            (
+                row["action"],
+                *(f"{row['us'][name]:.0f}" for name in ("stock", "plugin")),
+                *(f"{row[key]['stock']:g} → {row[key]['plugin']:g}" for key in counts),
+            )
+        )
+    headings = ("action", "stock, µs", "plugin, µs", "calls to workers", "file-system calls")
     return _table(headings, rows)
 
 
@@ -191,16 +207,12 @@ def draw_layers() -> str:
 
 
 def draw_engine() -> str:
-    """Return a plot of the engine's throughput / its throughput without LoRA."""
+    """Return a plot of the engine's speed with LoRA / its speed without, by load and adapters."""
     groups = {
-        f"{row['lora_on']}: {row['load']}": {
-            name: row["tokens_per_second"][name] / row["tokens_per_second"]["base"]
-            for name in ("stock", "plugin")
-        }
+        f"{row['load']}, {row['adapters']} adapter{'s' * (row['adapters'] > 1)}": row["of_base"]
         for row in load("engine")["rows"]
-        if {"base", "stock", "plugin"} <= row["tokens_per_second"].keys()
     }
-    return bars("Throughput with LoRA / throughput without LoRA", groups)
+    return bars("Speed with LoRA on every projection / speed without LoRA, on CPU", groups)
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
@@ -260,16 +272,8 @@ def launches() -> str:
         rows.append(
             (row["model"], row["layer"], *(str(row[k]) for k in ("tokens", "adapters")), *counts)
         )
-    headings = (
-        "model",
-        "layer",
-        "tokens",
-        "adapters",
-        "slices",
-        "shrink",
-        "expand",
-        "expand with work",
-    )
+    headings = ("model", "layer", "tokens", "adapters", "slices", "shrink", "expand",
+                "expand with work")  # fmt: skip
     return _table(headings, rows)
 
 
@@ -280,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loads": loads,
     "startup": startup,
     "engine": engine,
+    "costs": costs,
     "gpu": gpu,
     "launches": launches,
 }
