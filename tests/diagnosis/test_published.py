@@ -39,7 +39,13 @@ def test_an_adapter_of_peft_on_a_published_model_is_exact(
     config = published.shorten(published.read(name))
     model = published.save(config, tmp_path / "model")
     import_classes(config)
-    targets = published_adapters.choose_targets(published_adapters.build(config))
+    try:
+        built = published_adapters.build(config)
+    except AttributeError as error:
+        # The oldest releases need a transformers that has not all of the classes.
+        assert Version(vllm.__version__) < Version("0.20.0"), error
+        pytest.skip(str(error))
+    targets = published_adapters.choose_targets(built)
     folder = published_adapters.write(config, targets[adapter], tmp_path / "adapter")
     worker = Worker(model, OPTIONS)
     try:
