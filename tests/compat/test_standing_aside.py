@@ -27,16 +27,17 @@ RENAMED = """
 import json, re, sys
 from importlib.machinery import SourceFileLoader
 sys.dont_write_bytecode = True
-old, new = (word.encode() for word in sys.argv[1:])
+*words, version = sys.argv[1:]
+old, new = (word.encode() for word in words)
 read = SourceFileLoader.get_data
 def get_data(loader, path):
     is_vllms = "/vllm/" in path and path.endswith(".py")
     return re.sub(rb"\\b" + old + rb"\\b", new, read(loader, path)) if is_vllms else read(loader, path)
 SourceFileLoader.get_data = get_data
 import vllm_nway_lora
-from vllm_nway_lora.compat import registration, releases
+from vllm_nway_lora.compat import registration
 vllm_nway_lora.register()
-missing = registration.find_missing(str(releases.LAST))
+missing = registration.find_missing(version)
 assert "vllm" not in sys.modules and "torch" not in sys.modules
 print(json.dumps(missing))
 """
@@ -211,14 +212,14 @@ def test_untested_release_that_lacks_an_attribute_of_another_process_is_left_unc
 
 def test_decision_depends_on_the_sources_alone() -> None:
     """A process that imports nothing of vLLM finds the same, also what classes set on instances."""
-    missing = evaluate(RENAMED, "token_lora_indices", "tokens_lora_indices")
+    missing = evaluate(RENAMED, "token_lora_indices", "tokens_lora_indices", vllm.__version__)
     assert missing == ["vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.token_lora_indices"]
-    missing = evaluate(RENAMED, "output_queue", "outputs_queue")
+    missing = evaluate(RENAMED, "output_queue", "outputs_queue", vllm.__version__)
     assert missing == ["vllm.v1.engine.core.EngineCoreProc.output_queue"]
 
 
 def test_unreadable_sources_count_as_missing() -> None:
-    [missing] = evaluate(RENAMED, "def", "lambda")
+    [missing] = evaluate(RENAMED, "def", "lambda", vllm.__version__)
     assert missing.startswith("sources that can be read (SyntaxError: ")
 
 
