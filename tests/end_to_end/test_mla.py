@@ -17,9 +17,8 @@ from support.server import engine_environment
         ({}, False),
         ({}, True),
         ({"tensor_parallel_size": 2}, True),
-        ({"enforce_eager": False}, True),
     ],
-    ids=["whole", "chunked", "chunked-tp2", "chunked-compiled"],
+    ids=["whole", "chunked", "chunked-tp2"],
 )
 def test_batch_of_adapters_equals_merged_weights(
     tmp_path: Path, options: dict[str, Any], chunks: bool

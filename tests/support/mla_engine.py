@@ -59,7 +59,8 @@ def start(checkpoint: Path, job: Mapping[str, Any], **options: Any) -> Any:
         disable_log_stats=True,
         # vLLM's CPU kernel rotates other rows than its own, where queries and keys are views (0.32.0).
         compilation_config={"custom_ops": ["-rotary_embedding"]},
-        **{"enforce_eager": True, **job["options"]},
+        enforce_eager=True,
+        **job["options"],
         **options,
     )
 
