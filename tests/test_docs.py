@@ -21,7 +21,7 @@ STOCK, OWN = PAGE.split("## An adapter is refused")
 OF_VLLM = {
     "is unsupported LoRA weight",
     "is greater than max_lora_rank",
-    "is not supported for LoRA",
+    "does not support LoRA yet",
     "LoRA is not supported for",
 }
 
