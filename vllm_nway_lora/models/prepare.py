@@ -12,6 +12,7 @@ from vllm import platforms
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_nway_lora.models import gemma3n, k2_horizon, muse_spark, tables
+from vllm_nway_lora.models.fast_prefill import refuse_cross_decoders
 from vllm_nway_lora.models.mapping import complete_mapping
 from vllm_nway_lora.models.switched_on import refuse_untraced
 from vllm_nway_lora.models.traced import trace_model
@@ -35,6 +36,7 @@ def prepare_and_map(
     mapping = complete_mapping(model, wrapped(*args, **kwargs))
     trace_model(model, mapping)
     refuse_untraced(model, mapping)
+    refuse_cross_decoders(model, mapping)
     return mapping
 
 
