@@ -1,4 +1,4 @@
-"""The repository's structure: the rooms' tests and the length of modules."""
+"""The repository's structure: the subpackages' tests and the length of modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 300
 #: Folders of data tables.
 TABLES = ("tests/support/families/",)
-ROOMS = [path.parent.name for path in sorted((ROOT / "vllm_nway_lora").glob("*/__init__.py"))]
+SUBPACKAGES = [path.parent.name for path in sorted((ROOT / "vllm_nway_lora").glob("*/__init__.py"))]
 
 
 def test_no_module_is_longer_than_the_limit() -> None:
@@ -24,6 +24,6 @@ def test_no_module_is_longer_than_the_limit() -> None:
     assert {path for path in too_long if not path.startswith(TABLES)} == set()
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_tests(room: str) -> None:
-    assert list((ROOT / "tests" / room).glob("test_*.py"))
+@pytest.mark.parametrize("subpackage", SUBPACKAGES)
+def test_every_subpackage_has_tests(subpackage: str) -> None:
+    assert list((ROOT / "tests" / subpackage).glob("test_*.py"))

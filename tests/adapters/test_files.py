@@ -94,7 +94,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 
 @pytest.fixture(autouse=True)
 def admitted_later(plugin: None) -> Iterator[None]:
-    """As the plugin's own roads load a folder."""
+    """As the plugin's own hooks load a folder."""
     with admission_follows():
         yield
 

@@ -107,7 +107,7 @@ def test_language_layer_without_lora_is_not_left_out(ranks: Ranks, tmp_path: Pat
     """From memory: vLLM checks only the modules of files by name."""
     language = tiny.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
     folder = tiny.save(tmp_path / "a", language | pair("model.layers.0.mlp", 32, 32))
-    ranks.run(manager.start, multimodal=True, road="method before")
+    ranks.run(manager.start, multimodal=True, delivery="method before")
     for error in ranks.run(manager.add, "a", 1, folder):
         assert "module model.layers.0.mlp: vLLM would ignore it, because its layer" in error
 

@@ -18,9 +18,9 @@ from vllm_nway_lora.compat.patching import Need
 from vllm_nway_lora.compat.sources import Sources
 
 PACKAGE = Path(vllm_nway_lora.__file__).parent
-#: The rooms that run in an engine. `diagnosis` and the command run by hand: if vLLM lacks what they
+#: The subpackages that run in an engine. `diagnosis` and the command run by hand: if vLLM lacks what they
 #: use, they fail, and the plugin need not stand aside. `compat` names what it touches in its needs.
-ROOMS = ("adapters", "engine", "layers", "models", "rows")
+SUBPACKAGES = ("adapters", "engine", "layers", "models", "rows")
 #: Modules of vLLM whose objects the package meets, beside those that a need names.
 VLLM_MODULES = (
     "vllm.lora.layers.vocab_parallel_embedding",
@@ -86,7 +86,9 @@ def vllm_names() -> frozenset[str]:
 
 
 def trees() -> Iterator[tuple[Path, ast.Module]]:
-    files = [file for room in ROOMS for file in sorted((PACKAGE / room).glob("*.py"))]
+    files = [
+        file for subpackage in SUBPACKAGES for file in sorted((PACKAGE / subpackage).glob("*.py"))
+    ]
     for path in (*files, PACKAGE / "settings.py"):
         yield path.relative_to(PACKAGE), ast.parse(path.read_text())
 

@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the engine room."""
+"""Fixtures for the tests of the engine subpackage."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from support.executors import Worker
 @pytest.fixture(autouse=True)
 def own_plain_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the workers of plain Python count as vLLM's."""
-    from vllm_nway_lora.adapters import roads
+    from vllm_nway_lora.adapters import hooks
 
-    monkeypatch.setattr(roads, "owns_manager", lambda manager: isinstance(manager, Worker))
+    monkeypatch.setattr(hooks, "owns_manager", lambda manager: isinstance(manager, Worker))

@@ -13,7 +13,7 @@ from vllm.lora import utils, worker_manager  # noqa: F401  (applies the patches)
 import vllm_nway_lora
 from vllm_nway_lora.layers.claims import plan_against_stock
 from vllm_nway_lora.layers.traced_experts import find_difference
-from vllm_nway_lora.rows.experts import Grid, HeldExperts, Road
+from vllm_nway_lora.rows.experts import Grid, HeldExperts, LoadStyle
 from vllm_nway_lora.rows.notes import get_notes, set_notes
 
 LOCAL = INTERMEDIATE // 2  # this rank is the second of two
@@ -49,7 +49,7 @@ def hold(stacked: bool, interleaved: bool = False) -> HeldExperts:
         Grid(modules, number.expand(-1, 2 * LOCAL), rows[None], hidden.expand(1, 2, -1)),
         Grid(down, number.expand(-1, HIDDEN), hidden[None], own.expand(1, 2, -1)),
         stacked,
-        Road(False, False),
+        LoadStyle(False, False),
     )
 
 
@@ -128,7 +128,7 @@ def test_experts_of_another_rank_are_told_apart() -> None:
                 own.expand(1, 2, -1),
             ),
             False,
-            Road(False, False),
+            LoadStyle(False, False),
         )
 
     assert find_difference(experts.layer, grids(numbers)) == ""

@@ -109,7 +109,7 @@ def test_experts_are_found_in_one_tensor(build: type[Model], rows: Any) -> None:
     mixture = trace_stacked(build())
     assert mixture is not None
     assert mixture.is_stacked
-    assert mixture.road == (True, build is Copying)
+    assert mixture.style == (True, build is Copying)
     assert mixture.w13.experts.tolist() == [[e] * 2 * LOCAL for e in range(3)]
     assert mixture.w13.modules.unique().tolist() == [0]
     assert mixture.w13.rows.tolist() == [list(rows)]

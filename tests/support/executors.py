@@ -1,4 +1,4 @@
-"""Workers, an executor and an engine of plain Python, for the tests of the engine room."""
+"""Workers, an executor and an engine of plain Python, for the tests of the engine subpackage."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_qu
 from vllm.v1.request import RequestStatus
 
 from vllm_nway_lora.adapters.errors import AdapterError
+from vllm_nway_lora.adapters.hooks import apply_adapters
 from vllm_nway_lora.adapters.prepared import prepared, take_prepared
-from vllm_nway_lora.adapters.roads import apply_adapters
 from vllm_nway_lora.engine import loading, requests
 
 

@@ -71,7 +71,7 @@ def _foreign_manager() -> Iterator[None]:
 
 def is_ours(foreign: bool = False) -> bool:
     """Return `owns_manager`'s answer for this process's TP rank, or with a foreign manager below it."""
-    from vllm_nway_lora.adapters.roads import owns_manager
+    from vllm_nway_lora.adapters.hooks import owns_manager
 
     with _foreign_manager() if foreign else nullcontext():
         return owns_manager(get_rank().worker_manager)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from support import roads
+from support import deliveries
 from support.tiny import MAX_LORAS, MAX_RANK, PARTS, SHAPES, VOCAB, build, read_deltas
 
 
@@ -20,7 +20,7 @@ class Rank:
     """One TP rank's model and its ``LRUCacheWorkerLoRAManager``.
 
     Attributes:
-        road: how adapters get into it, one of :data:`support.roads.ALL`.
+        delivery: how adapters get into it, one of :data:`support.deliveries.ALL`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Rank:
         target_modules: list[str] | None = None,
         max_cpu_loras: int = MAX_LORAS,
         packed: Mapping[str, list[str]] | None = None,
-        road: str = "files",
+        delivery: str = "files",
     ) -> None:
         import vllm.lora.worker_manager
         from vllm.config.lora import LoRAConfig
@@ -44,18 +44,18 @@ class Rank:
 
         global _replacements
         if _replacements is None:
-            _replacements = roads.Replacements()
+            _replacements = deliveries.Replacements()
         vllm_nway_lora.unregister()
         _replacements.restore()
         replace_classes = _replacements.build_classes()
-        if road == "classes before":
+        if delivery == "classes before":
             replace_classes()
-        if road == "method before":
+        if delivery == "method before":
             _replacements.replace_method()
         os.environ["VLLM_NWAY_LORA"] = mode
         vllm_nway_lora.register()
         assert bool(registration.applied()) == (mode != "0")
-        if road == "classes after":
+        if delivery == "classes after":
             replace_classes()
         options = {} if target_modules is None else {"target_modules": target_modules}
         lora_config = LoRAConfig(
@@ -87,12 +87,12 @@ class Rank:
         )
         self.worker_manager.create_lora_manager(model, vllm_config)
         self.manager = self.worker_manager._adapter_manager
-        self.road = road
-        if road == "method after":
+        self.delivery = delivery
+        if delivery == "method after":
             _replacements.replace_method()
 
     def add(self, name: str, number: int, folder: Path, *, inplace: bool = False) -> str:
-        """Add an adapter by ``road``; return the error's class and text, or an empty string."""
+        """Add an adapter by ``delivery``; return the error's class and text, or an empty string."""
         try:
             self._add(name, number, folder, inplace)
         except Exception as error:
@@ -101,22 +101,24 @@ class Rank:
 
     def _add(self, name: str, number: int, folder: Path, inplace: bool) -> None:
         request = self.request(name, number, folder, inplace=inplace)
-        if self.road not in roads.BY_MANAGER:
+        if self.delivery not in deliveries.BY_MANAGER:
             self.worker_manager.add_adapter(request)
             return
         if inplace:
             self.manager.remove_adapter(number)
-        getattr(self.manager, self.road)(roads.load_from_memory(self.worker_manager, request))
+        getattr(self.manager, self.delivery)(
+            deliveries.load_from_memory(self.worker_manager, request)
+        )
         self.manager.activate_adapter(number)
 
     def request(self, name: str, number: int, folder: Path, *, inplace: bool = False) -> Any:
-        """Return a request as ``road`` has it: with a path, or with tensors."""
+        """Return a request as ``delivery`` has it: with a path, or with tensors."""
         from vllm.lora.request import LoRARequest
 
-        if self.road == "files":
+        if self.delivery == "files":
             return LoRARequest(name, number, str(folder), load_inplace=inplace)
-        fields = {} if self.road.startswith("classes") else {"load_inplace": inplace}
-        return roads.request(name, number, folder, **fields)
+        fields = {} if self.delivery.startswith("classes") else {"load_inplace": inplace}
+        return deliveries.request(name, number, folder, **fields)
 
     def buffers(self) -> list[torch.Tensor]:
         """Return copies of the stacked tensors of all layers."""
@@ -179,7 +181,7 @@ def _compute_delta(layer: Any, slot: int) -> torch.Tensor:
 
 
 _rank: Rank
-_replacements: roads.Replacements | None = None
+_replacements: deliveries.Replacements | None = None
 _messages: list[tuple[int, str]] = []
 
 

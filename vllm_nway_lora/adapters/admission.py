@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Admit an adapter whole, or refuse it, before vLLM makes room for it.
 
-:mod:`vllm_nway_lora.adapters.roads` calls :func:`admit` on every way into vLLM's LoRA manager.
+:mod:`vllm_nway_lora.adapters.hooks` calls :func:`admit` on every way into vLLM's LoRA manager.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ GROUPS = (
             Patch(
                 "admission",
                 Need("vllm.lora.worker_manager", "WorkerLoRAManager.__init__"),
-                wrapped_by("adapters.roads:guard_loading"),
+                wrapped_by("adapters.hooks:guard_loading"),
             ),
             Patch(
                 "resident-adapters-first",
@@ -49,17 +49,17 @@ GROUPS = (
                     "LRUCacheWorkerLoRAManager._apply_adapters",
                     ("lora_requests",),
                 ),
-                wrapped_by("adapters.roads:apply_adapters"),
+                wrapped_by("adapters.hooks:apply_adapters"),
             ),
             Patch(
                 "admission-from-memory",
                 Need("vllm.lora.model_manager", "LoRAModelManager._add_adapter", ("lora",)),
-                wrapped_by("adapters.roads:add_adapter"),
+                wrapped_by("adapters.hooks:add_adapter"),
             ),
             Patch(
                 "failed-activation",
                 Need("vllm.lora.model_manager", "LoRAModelManager.activate_adapter", ("lora_id",)),
-                wrapped_by("adapters.roads:activate_adapter"),
+                wrapped_by("adapters.hooks:activate_adapter"),
             ),
             Patch(
                 "failed-eviction",
@@ -68,7 +68,7 @@ GROUPS = (
                     "LRUCacheLoRAModelManager.activate_adapter",
                     ("lora_id",),
                 ),
-                wrapped_by("adapters.roads:activate_adapter"),
+                wrapped_by("adapters.hooks:activate_adapter"),
             ),
             Patch(
                 "adapter-tensors",

@@ -22,8 +22,8 @@ from vllm.lora.request import LoRARequest
 from vllm_nway_lora import settings
 from vllm_nway_lora.adapters.admission import decide
 from vllm_nway_lora.adapters.fit import validate_layer, weights_for_layer
+from vllm_nway_lora.adapters.hooks import any_layout, format_failure, format_label
 from vllm_nway_lora.adapters.origin import get_origin
-from vllm_nway_lora.adapters.roads import any_layout, format_failure, format_label
 from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.offline import format_error
 from vllm_nway_lora.diagnosis.options import ServerOptions

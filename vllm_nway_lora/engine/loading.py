@@ -157,10 +157,10 @@ def describe_error(error: Exception) -> str:
 
 def _lora_manager(worker: Any) -> Any:
     """Return the ``WorkerLoRAManager`` of a worker, or None if it has none of vLLM's kind."""
-    from vllm_nway_lora.adapters import roads
+    from vllm_nway_lora.adapters import hooks
 
     manager = getattr(getattr(worker, "model_runner", None), "lora_manager", None)
-    return manager if roads.owns_manager(manager) else None
+    return manager if hooks.owns_manager(manager) else None
 
 
 def _prepare(

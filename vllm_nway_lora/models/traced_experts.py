@@ -186,7 +186,7 @@ def _find_alike(
             for of_path in names.values()
             for number, name in enumerate(of_path)
         }
-        calls = record_shapes(twin, shapes, suffix, mixture.road)
+        calls = record_shapes(twin, shapes, suffix, mixture.style)
         # A class that holds weights back, until it has all, shows them under a later name.
         is_lazy = calls.keys() != shapes.keys()
         for path in part:

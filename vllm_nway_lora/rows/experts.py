@@ -42,7 +42,7 @@ class Grid:
     columns: torch.Tensor
 
 
-class Road(NamedTuple):
+class LoadStyle(NamedTuple):
     """How a model loads the weights of experts.
 
     Attributes:
@@ -65,7 +65,7 @@ class HeldExperts:
         w13: the weight of gate and up. Module ``n`` is kind ``n % len(kinds)``.
         w2: the weight of down.
         is_stacked: whether a module has the weights of all experts.
-        road: how the weights reach the parameters.
+        style: how the weights reach the parameters.
     """
 
     kinds: Sequence[str]
@@ -73,7 +73,7 @@ class HeldExperts:
     w13: Grid
     w2: Grid
     is_stacked: bool
-    road: Road
+    style: LoadStyle
 
 
 def trace_mixture(
@@ -98,10 +98,12 @@ def trace_mixture(
         TraceError: a weight does not arrive as a copy of its rows and columns.
     """
     fault: TraceError | None = None
-    for road in (Road(t, c) for c in (False, True) for t in ((False, True) if stack else (False,))):
+    for style in (
+        LoadStyle(t, c) for c in (False, True) for t in ((False, True) if stack else (False,))
+    ):
         try:
-            if grids := _trace(twin, paths, names, shapes, stack, road):
-                return HeldExperts(kinds, shapes, grids[0], grids[1], bool(stack), road)
+            if grids := _trace(twin, paths, names, shapes, stack, style):
+                return HeldExperts(kinds, shapes, grids[0], grids[1], bool(stack), style)
         except ChangedError:
             raise
         except TraceError as error:
@@ -112,7 +114,7 @@ def trace_mixture(
 
 
 def record_shapes(
-    twin: nn.Module, shapes: Mapping[str, tuple[int, ...]], suffix: str, road: Road
+    twin: nn.Module, shapes: Mapping[str, tuple[int, ...]], suffix: str, style: LoadStyle
 ) -> dict[str, list[Call]]:
     """Return what reaches the loaders from each module, with tensors without memory.
 
@@ -120,13 +122,13 @@ def record_shapes(
         twin: as for :func:`trace_mixture`.
         shapes: module's name in a checkpoint -> the shape of its weight, rows before columns.
         suffix: what follows the module's name in the name of its weight.
-        road: as for :class:`HeldExperts`.
+        style: as for :class:`HeldExperts`.
 
     Raises:
         TraceError: a module cannot be loaded.
     """
     one = torch.empty((), device="meta")
-    return _record(twin, {n: one.expand(shape) for n, shape in shapes.items()}, suffix, road)
+    return _record(twin, {n: one.expand(shape) for n, shape in shapes.items()}, suffix, style)
 
 
 def sign(calls: Sequence[Call]) -> list[tuple[Any, ...]]:
@@ -149,11 +151,11 @@ def _fold_value(value: Any) -> str:
 
 
 def _record(
-    twin: nn.Module, weights: Mapping[str, torch.Tensor], suffix: str, road: Road
+    twin: nn.Module, weights: Mapping[str, torch.Tensor], suffix: str, style: LoadStyle
 ) -> dict[str, list[Call]]:
-    if road.is_transposed:
+    if style.is_transposed:
         weights = {name: weight.transpose(-1, -2) for name, weight in weights.items()}
-    calls, faults = record(twin, weights, suffix, road.is_copied)
+    calls, faults = record(twin, weights, suffix, style.is_copied)
     for name, fault in faults.items():
         raise TraceError(f"{name}: {fault}")
     return calls
@@ -165,7 +167,7 @@ def _trace(
     names: Sequence[str],
     shapes: Sequence[tuple[int, int]],
     stack: int,
-    road: Road,
+    style: LoadStyle,
 ) -> list[Grid]:
     """Return the grids of both weights; none if no module reaches a loader.
 
@@ -176,7 +178,7 @@ def _trace(
         name: (*([stack] if stack else []), *shapes[number % len(shapes)])
         for number, name in enumerate(names)
     }
-    calls = [c for of in record_shapes(twin, whole, suffix, road).values() for c in of]
+    calls = [c for of in record_shapes(twin, whole, suffix, style).values() for c in of]
     if not calls:
         return []
     if others := {call.path for call in calls} - {*paths}:
@@ -199,7 +201,7 @@ def _trace(
         for side, of_side in zip(sides, numbers, strict=True):
             side[name] = of_side.expand(whole[name])  # takes no memory
     modules, rows, columns = (
-        _load(_record(twin, side, suffix, road), along)
+        _load(_record(twin, side, suffix, style), along)
         for side, along in zip(sides, (-1, -1, -2), strict=True)
     )
     found = []

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from support import roads
+from support import deliveries
 from support.frameworks import packages
 
 
@@ -62,7 +62,7 @@ def load_tensors(
 ) -> Any:
     """Load an adapter from memory with vLLM's ``LoRAModel``."""
     request = SimpleNamespace(lora_int_id=number, tensors=tensors, config=config)
-    return roads.load_from_memory(worker_manager, request)
+    return deliveries.load_from_memory(worker_manager, request)
 
 
 def load_folder(worker_manager: Any, request: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from support import roads
+from support import deliveries
 from support.frameworks.framework import Framework, read
 
 
@@ -20,7 +20,7 @@ class Unsloth(Framework):
 
     def patch(self) -> None:
         if self.module is None:
-            roads.Replacements().build_classes()()
+            deliveries.Replacements().build_classes()()
             return
         # What `patch_vllm_lora_load_tensors` assigns. Its module cannot be imported without a GPU.
         from vllm.lora import request, worker_manager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import incidents, manager, roads, tiny
+from support import deliveries, incidents, manager, tiny
 from support.ranks import Ranks
 from support.tiny import MAX_LORAS, PREFIX, SHAPES
 
@@ -20,9 +20,9 @@ LAYER = "model.layers.0."
 QKV, Z = "linear_attn.in_proj_qkv", "linear_attn.in_proj_z"
 
 
-@pytest.mark.parametrize("road", roads.ALL)
-def test_good_adapters_are_exact_and_logged(ranks: Ranks, tmp_path: Path, road: str) -> None:
-    ranks.run(manager.start, road=road)
+@pytest.mark.parametrize("delivery", deliveries.ALL)
+def test_good_adapters_are_exact_and_logged(ranks: Ranks, tmp_path: Path, delivery: str) -> None:
+    ranks.run(manager.start, delivery=delivery)
     for number, modules in enumerate(
         (tuple(SHAPES), [LAYER + QKV, LAYER + Z], [LAYER + QKV], [LAYER + Z]), start=1
     ):
@@ -31,7 +31,11 @@ def test_good_adapters_are_exact_and_logged(ranks: Ranks, tmp_path: Path, road: 
         assert ranks.run(manager.add, f"a{number}", number, folder) == [""] * ranks.size
         assert all(ranks.run(manager.is_exact, number, folder)), modules
         for [line] in ranks.run(manager.said, logging.INFO):
-            named = f"'a{number}' ({folder})" if road in roads.BY_WORKER else f"with id {number}"
+            named = (
+                f"'a{number}' ({folder})"
+                if delivery in deliveries.BY_WORKER
+                else f"with id {number}"
+            )
             assert line.startswith(f"LoRA adapter {named}")
             assert f" is served: {len(modules)} modules, " in line
 
@@ -70,12 +74,12 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 }
 
 
-@pytest.mark.parametrize("road", roads.ALL)
+@pytest.mark.parametrize("delivery", deliveries.ALL)
 def test_damaged_adapters_are_refused_and_change_nothing(
-    ranks: Ranks, tmp_path: Path, road: str
+    ranks: Ranks, tmp_path: Path, delivery: str
 ) -> None:
     resident = tiny.save(tmp_path / "resident", tiny.tensors(0))
-    ranks.run(manager.start, road=road)
+    ranks.run(manager.start, delivery=delivery)
     for name, (damage, text) in FAULTS.items():
         folder = tiny.save(tmp_path / "bad", damage(tiny.tensors(1)))
         for attempt in ranks.run(manager.attempt, folder, resident):
@@ -84,9 +88,9 @@ def test_damaged_adapters_are_refused_and_change_nothing(
             assert attempt.good, name
 
 
-@pytest.mark.parametrize("road", roads.BY_WORKER)
-def test_refusal_evicts_nothing(ranks: Ranks, tmp_path: Path, road: str) -> None:
-    ranks.run(manager.start, road=road)
+@pytest.mark.parametrize("delivery", deliveries.BY_WORKER)
+def test_refusal_evicts_nothing(ranks: Ranks, tmp_path: Path, delivery: str) -> None:
+    ranks.run(manager.start, delivery=delivery)
     good = tiny.save(tmp_path / "good", tiny.tensors(0))
     for number in range(1, MAX_LORAS + 1):
         assert ranks.run(manager.add, str(number), number, good) == [""] * ranks.size
@@ -95,9 +99,11 @@ def test_refusal_evicts_nothing(ranks: Ranks, tmp_path: Path, road: str) -> None
     assert ranks.run(manager.resident) == [list(range(1, MAX_LORAS + 1))] * ranks.size
 
 
-@pytest.mark.parametrize("road", ["files", "method before", "method after"])
-def test_refused_replacement_keeps_the_old_adapter(ranks: Ranks, tmp_path: Path, road: str) -> None:
-    ranks.run(manager.start, road=road)
+@pytest.mark.parametrize("delivery", ["files", "method before", "method after"])
+def test_refused_replacement_keeps_the_old_adapter(
+    ranks: Ranks, tmp_path: Path, delivery: str
+) -> None:
+    ranks.run(manager.start, delivery=delivery)
     good = tiny.save(tmp_path / "good", tiny.tensors(0))
     bad = tiny.save(tmp_path / "bad", cut(Z)(tiny.tensors(1)))
     assert ranks.run(manager.add, "a", 1, good) == [""] * ranks.size
@@ -106,11 +112,11 @@ def test_refused_replacement_keeps_the_old_adapter(ranks: Ranks, tmp_path: Path,
     assert ranks.run(manager.add, "a", 1, good, True) == [""] * ranks.size
 
 
-@pytest.mark.parametrize("road", roads.ALL)
-def test_failed_activation_leaves_nothing(ranks: Ranks, tmp_path: Path, road: str) -> None:
+@pytest.mark.parametrize("delivery", deliveries.ALL)
+def test_failed_activation_leaves_nothing(ranks: Ranks, tmp_path: Path, delivery: str) -> None:
     path = f"{LAYER}mlp.down_proj"
     folder = tiny.save(tmp_path / "a", tiny.tensors(0))
-    ranks.run(manager.start, road=road)
+    ranks.run(manager.start, delivery=delivery)
     ranks.run(incidents.break_layer, path)
     assert ranks.run(manager.add, "a", 1, folder) == [f"MemoryError: {path}"] * ranks.size
     assert not any(ranks.run(manager.has, 1))
@@ -136,12 +142,12 @@ def test_adapter_without_a_slot_is_not_kept(ranks: Ranks, tmp_path: Path) -> Non
     assert not any(ranks.run(manager.has, 9))
 
 
-@pytest.mark.parametrize("road", ["files", "method before", "method after", "classes before"])
+@pytest.mark.parametrize("delivery", ["files", "method before", "method after", "classes before"])
 def test_prepared_adapter_is_loaded_and_examined_once(
-    ranks: Ranks, tmp_path: Path, road: str
+    ranks: Ranks, tmp_path: Path, delivery: str
 ) -> None:
     folder = tiny.save(tmp_path / "a", tiny.tensors(0))
-    ranks.run(manager.start, road=road)
+    ranks.run(manager.start, delivery=delivery)
     assert ranks.run(incidents.count_work, "a", 1, folder) == [(1, 1)] * ranks.size
     assert all(ranks.run(manager.is_exact, 1, folder))
 
@@ -181,9 +187,9 @@ def test_dummy_adapters_without_fused_layers_are_not_examined(ranks: Ranks) -> N
     assert ranks.run(manager.said, logging.INFO) == [[]] * ranks.size
 
 
-@pytest.mark.parametrize("road", roads.ALL)
-def test_adapter_without_tensors_is_refused(ranks: Ranks, tmp_path: Path, road: str) -> None:
-    ranks.run(manager.start, road=road)
+@pytest.mark.parametrize("delivery", deliveries.ALL)
+def test_adapter_without_tensors_is_refused(ranks: Ranks, tmp_path: Path, delivery: str) -> None:
+    ranks.run(manager.start, delivery=delivery)
     folder = tiny.save(tmp_path / "empty", {})
     for error in ranks.run(manager.add, "empty", 1, folder):
         assert "it has no LoRA tensors" in error
@@ -204,10 +210,10 @@ def test_copy_of_an_added_adapter_is_added(ranks: Ranks, tmp_path: Path) -> None
     assert all(ranks.run(manager.is_exact, 2, folder))
 
 
-@pytest.mark.parametrize("road", ["files", "method after", "classes before", "classes after"])
-def test_manager_is_ours_if_it_loads_through_admission(ranks: Ranks, road: str) -> None:
-    ranks.run(manager.start, road=road)
-    assert ranks.run(incidents.is_ours) == [road != "classes after"] * ranks.size
+@pytest.mark.parametrize("delivery", ["files", "method after", "classes before", "classes after"])
+def test_manager_is_ours_if_it_loads_through_admission(ranks: Ranks, delivery: str) -> None:
+    ranks.run(manager.start, delivery=delivery)
+    assert ranks.run(incidents.is_ours) == [delivery != "classes after"] * ranks.size
     assert ranks.run(incidents.is_ours, foreign=True) == [False] * ranks.size
 
 
@@ -225,7 +231,7 @@ def has_target_modules() -> bool:
 
 
 def test_objects_of_other_kinds_are_not_ours() -> None:
-    from vllm_nway_lora.adapters.roads import owns_manager
+    from vllm_nway_lora.adapters.hooks import owns_manager
 
     for other in (None, SimpleNamespace(), SimpleNamespace(_load_adapter=None)):
         assert not owns_manager(other)
