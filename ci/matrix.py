@@ -5,8 +5,8 @@
     python3 ci/matrix.py --suite layers --again boundary
     python3 ci/matrix.py python             # the versions of Python; python-3.12 is one of them
 
-Each release's figures are saved in ``ci/results/<release>.json``; the README's table of releases is
-written from these files. Each suite's output is saved in ``logs/`` in the cache folder. A suite that
+Each release's figures are saved in ``ci/results/<release>.json``; the table of docs/releases.md
+is written from these files. Each suite's output is saved in ``logs/`` in the cache folder. A suite that
 has passed with the same code is not run again. A release that fails does not stop the others.
 """
 

@@ -93,7 +93,7 @@ def _title(options: argparse.Namespace) -> str:
 def _parser() -> _Parser:
     parser = _Parser(
         "vllm-nway-lora",
-        description="Diagnose LoRA on the projections that vLLM fuses N-way, without an engine.",
+        description="Show how vLLM, without and with this plugin, serves LoRA adapters. No engine is started.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import mla, mla_cases
+from support import mla, mla_cases, mla_obstacles
 from support.examples import ANY_TIME
 from support.mla_cases import Case, Request
 from support.ranks import Ranks
@@ -84,109 +82,26 @@ def test_any_batch_equals_merged_weights(
     assert error < 1e-3
 
 
-def _read_weight(self: Any) -> Any:
-    return self.kv_b_proj.weight
-
-
-def _absorb(self: Any) -> Any:
-    return self.mla_attn.W_UK_T
-
-
-def replace_class(thing: Any, **members: Any) -> None:
-    """Give an object a subclass of its class."""
-    thing.__class__ = type("Own", (type(thing),), members)
-
-
-def own_forward(attention: Any, _: contextlib.ExitStack) -> None:
-    replace_class(attention, forward_impl=_read_weight)
-
-
-def own_prefill(attention: Any, _: contextlib.ExitStack) -> None:
-    replace_class(attention.impl, forward_mha=_read_weight)
-
-
-def own_reader(attention: Any, _: contextlib.ExitStack) -> None:
-    replace_class(attention.impl, fuse=_read_weight)
-
-
-def own_copy(attention: Any, _: contextlib.ExitStack) -> None:
-    attention.is_amx_bmm_enabled = True
-
-
-def quantised_cache(attention: Any, _: contextlib.ExitStack) -> None:
-    attention.kv_cache_dtype = "fp8"
-
-
-def sparse(attention: Any, _: contextlib.ExitStack) -> None:
-    attention.use_sparse = True
-
-
-def context_parallel(attention: Any, _: contextlib.ExitStack) -> None:
-    attention.impl.dcp_world_size = 2
-
-
-def lost_attribute(attention: Any, _: contextlib.ExitStack) -> None:
-    del attention.kv_cache_dtype
-
-
-def reading_holder(_: Any, stack: contextlib.ExitStack) -> None:
-    stack.enter_context(
-        mock.patch.object(mla, "Holder", type("Own", (mla.Holder,), {"f": _absorb}))
-    )
-
-
-def change_platform(stack: contextlib.ExitStack, name: str, full: bool, eager: bool) -> None:
-    from vllm_nway_lora.layers import mla as package
-
-    asked = {f"is_{kind}": lambda kind=kind: kind == name for kind in ("cpu", "cuda")}
-    platform = SimpleNamespace(**asked, device_name=name)
-    config = SimpleNamespace(
-        compilation_config=SimpleNamespace(
-            cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: full)
-        ),
-        model_config=SimpleNamespace(enforce_eager=eager),
-    )
-    stack.enter_context(
-        mock.patch.object(package, "platforms", SimpleNamespace(current_platform=platform))
-    )
-    stack.enter_context(
-        mock.patch.object(package, "get_current_vllm_config_or_none", return_value=config)
-    )
-
-
-def other_platform(_: Any, stack: contextlib.ExitStack) -> None:
-    change_platform(stack, "xpu", full=False, eager=True)
-
-
-def full_graphs(_: Any, stack: contextlib.ExitStack) -> None:
-    change_platform(stack, "cuda", full=True, eager=False)
-
-
-def eager_gpu(_: Any, stack: contextlib.ExitStack) -> None:
-    change_platform(stack, "cuda", full=True, eager=True)
-
-
-def piecewise_graphs(_: Any, stack: contextlib.ExitStack) -> None:
-    change_platform(stack, "cuda", full=False, eager=False)
-
-
 @pytest.mark.parametrize("ranks", [1], indirect=True)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (own_forward, "Own.forward_impl is its own"),
-        (own_prefill, "Own.forward_mha is its own"),
-        (own_reader, "Own.fuse reads the weight too"),
-        (reading_holder, "Own.f reads the weight too"),
-        (own_copy, "its kernels have their own copy of the weight"),
-        (quantised_cache, "its cache is fp8"),
-        (sparse, "its attention is sparse"),
-        (context_parallel, "it does not see all tokens of a batch with their context"),
-        (lost_attribute, "'MLAAttention' object has no attribute 'kv_cache_dtype'"),
-        (other_platform, "its kernels on xpu are not known"),
-        (full_graphs, "CUDA graphs record its decode without LoRA"),
-        (eager_gpu, ""),
-        (piecewise_graphs, ""),
+        (mla_obstacles.own_forward, "Own.forward_impl is its own"),
+        (mla_obstacles.own_prefill, "Own.forward_mha is its own"),
+        (mla_obstacles.own_reader, "Own.fuse reads the weight too"),
+        (mla_obstacles.reading_holder, "Own.f reads the weight too"),
+        (mla_obstacles.own_copy, "its kernels have their own copy of the weight"),
+        (mla_obstacles.quantised_cache, "its cache is fp8"),
+        (mla_obstacles.sparse, "its attention is sparse"),
+        (
+            mla_obstacles.context_parallel,
+            "context parallelism or dual-batch overlap splits its tokens",
+        ),
+        (mla_obstacles.lost_attribute, "'MLAAttention' object has no attribute 'kv_cache_dtype'"),
+        (mla_obstacles.other_platform, "its kernels on xpu are not known"),
+        (mla_obstacles.full_graphs, "CUDA graphs record its decode without LoRA"),
+        (mla_obstacles.eager_gpu, ""),
+        (mla_obstacles.piecewise_graphs, ""),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -201,11 +116,11 @@ def test_attention_is_corrected_only_where_all_readers_are_known(
 @pytest.mark.parametrize("ranks", [2], indirect=True)
 def test_cut_lora_a_is_not_served(ranks: Ranks) -> None:
     case = dataclasses.replace(MIXED, fully_sharded=True)
-    found = ranks.run(mla.find_reason, case, eager_gpu)
+    found = ranks.run(mla.find_reason, case, mla_obstacles.eager_gpu)
     assert found == ["--fully-sharded-loras has cut its LoRA-A"] * 2
 
 
 @pytest.mark.parametrize("ranks", [1], indirect=True)
 def test_decode_around_the_attention_is_an_error_only_with_lora(ranks: Ranks) -> None:
     [error] = ranks.run(mla.decode_around, MIXED)
-    assert "its adapters are not known here" in error
+    assert "vLLM called its attention without forward_impl" in error

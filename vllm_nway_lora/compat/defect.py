@@ -32,7 +32,7 @@ class Defect:
     This package fixes the defects that a group of patches names.
 
     Attributes:
-        name: its name in messages, tests and the README.
+        name: its name in messages, tests and the documentation.
         user_sees: one sentence from the user's side.
         seen: affected releases and symptoms, oldest releases first.
         upstream: threads about it.

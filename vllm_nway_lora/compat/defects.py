@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The defects of stock vLLM that concern LoRA: the affected releases, the messages, the threads.
 
-Patches, tests, CI and the README read this table. Thread numbers are of ``vllm-project/vllm``.
+Patches, tests, CI and docs/releases.md read this table. Thread numbers are of ``vllm-project/vllm``.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ DEFECTS = (
     ),
     Defect(
         "no-lora-flags-in-configuration",
-        'As "no-lora-flags", when the server reads its configuration.',
+        "The server refuses LoRA on the same models when it reads the configuration, before a worker starts.",
         (Seen("0.33.0", None, ("LoRA is not supported for",)),),
         ("#21746", "#43840"),
         "`SupportsLoRA` on these classes.",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of this package by name, imported when they replace one of vLLM's.
 
-So a process imports only the subpackages that it uses.
+A process thus imports only the modules that it uses.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The patches in the workers and where models and their configurations are read."""
+"""The patches in the workers, in model classes and in ``ModelConfig``."""
 
 from __future__ import annotations
 

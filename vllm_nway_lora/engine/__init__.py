@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine core and the API server: adapters are loaded by all ranks or by none.
 
-Nothing in this subpackage imports torch or vLLM at import time.
+No module of this package imports torch or vLLM at import time.
 """

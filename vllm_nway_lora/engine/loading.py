@@ -33,11 +33,11 @@ class Status(enum.Enum):
 
     #: It is registered in vLLM's LoRA manager.
     RESIDENT = "resident"
-    #: It is loaded and validated, and takes no place of another adapter yet.
+    #: It is loaded and validated, and is not registered yet.
     PREPARED = "prepared"
     #: As PREPARED, and an older version is resident (``load_inplace``).
     REPLACES = "replaces"
-    #: It was not looked at, because as many adapters are prepared as there are slots.
+    #: It was not validated, because as many adapters are prepared as there are slots.
     NO_ROOM = "no room"
     #: The worker has no LoRA manager of vLLM's kind.
     FOREIGN = "foreign"

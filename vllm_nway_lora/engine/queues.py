@@ -51,10 +51,10 @@ def next_requests(scheduler: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def hide(scheduler: Any, is_hidden: Callable[[Any], bool]) -> Iterator[None]:
-    """Within this context the scheduler does not see the waiting requests that ``is_hidden`` names.
+    """Hide the waiting requests for which ``is_hidden`` is true from the scheduler within this context.
 
-    Afterwards they are at their places again, unless they have been aborted meanwhile. Requests that
-    came into a queue meanwhile (preempted ones) stay at its front.
+    Afterwards they are back in their old order, without those that were aborted. Requests that were added
+    in between (preempted ones) stay at the front.
     """
     hidden = []
     for queue in _find_queues(scheduler):

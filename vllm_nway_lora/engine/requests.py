@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests whose adapter cannot be loaded: they fail, and the engine goes on. Engine core.
 
-An adapter is looked at when its request arrives: every rank loads and validates it, and no other
-adapter gives up its slot or its place. vLLM makes room in the step that schedules the request. An
-adapter that may have been evicted or removed since is looked at again before that step; until then
-the scheduler does not see its requests.
+When a request arrives, every rank loads and validates its adapter. No other adapter is evicted for it.
+vLLM makes room in the step that schedules the request. If the adapter may have been evicted or removed
+since, it is validated again before that step. Until then the scheduler does not see its requests.
 """
 
 from __future__ import annotations
@@ -88,12 +87,12 @@ def collective_rpc(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _look(engine: Any, lora_request: Any, needed: Collection[Source] = ()) -> str:
-    """Have every rank look at an adapter that is not known to be there; return the error, if any.
+    """Have every rank load and validate an adapter unless all ranks have it; return the error, if any.
 
     Args:
         engine: the engine core.
         lora_request: the ``LoRARequest``.
-        needed: the adapters that the next step needs more; others make room for this one.
+        needed: the adapters of the next step. Only other adapters make room for this one.
     """
     executor, source = engine.model_executor, source_of(lora_request)
     residency = get_residency(executor)
@@ -114,7 +113,7 @@ def _look(engine: Any, lora_request: Any, needed: Collection[Source] = ()) -> st
     if any(reply.status is Status.NO_ROOM for reply in replies):
         residency.learn(replies)
         residency.forget(source.id)
-        residency.is_stale = True  # to be looked at before the step that schedules the request
+        residency.is_stale = True  # validated before the step that schedules the request
         return ""
     residency.learn(replies, source)
     if is_replaced:
@@ -123,7 +122,7 @@ def _look(engine: Any, lora_request: Any, needed: Collection[Source] = ()) -> st
                 commit(executor, lora_request)
             except AdapterError as failed:
                 return str(failed)
-        # The flag is done with: every later step would reload the adapter.
+        # Clear the flag: otherwise every later step reloads the adapter.
         lora_request.load_inplace = False
     return ""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine core's knowledge of the adapters that its workers hold, kept without a file or an RPC."""
+"""The engine core's record of its workers' adapters. Reading it needs no file and no RPC."""
 
 from __future__ import annotations
 

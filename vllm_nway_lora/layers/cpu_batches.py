@@ -17,14 +17,14 @@ FEW = 64
 class FewTokens:
     """A batch of several adapters with few tokens, as one batched product.
 
-    Every adapter has as many places as the adapter with the most tokens. Places without a token repeat
-    one, and their output is dropped.
+    The tokens of each adapter are padded to the largest number of tokens of an adapter. A padding entry
+    repeats a token, and its output is dropped.
 
     Attributes:
         adapters: number of adapters in use.
         slots: their slots: a slice if they are consecutive, else their indices.
-        tokens: per place the token, adapter by adapter.
-        places: per token with LoRA its place, in the order of the tokens.
+        tokens: per entry, its token, adapter by adapter.
+        places: per token with LoRA, its entry, in the order of the tokens.
         rows: the tokens with LoRA; None if every token has LoRA.
     """
 

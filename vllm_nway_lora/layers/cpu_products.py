@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA products on CPU: all tokens of an adapter are multiplied by its A and B at once.
 
-Every function takes a :class:`~vllm_nway_lora.layers.cpu_batches.Batch` that fits its rows. All sums are
-of float32, as in vLLM. The sum of A is rounded to the output's dtype at most once, as in vLLM; that of B
-once, where vLLM rounds it twice. Tokens without LoRA stay unchanged.
+Every function takes a :class:`~vllm_nway_lora.layers.cpu_batches.Batch` that fits its rows. Sums are
+float32, as in vLLM. The product with A is rounded to the output's dtype at most once, as in vLLM. The
+product with B is rounded once; vLLM rounds it twice. Tokens without LoRA stay unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALL = 2**19
 
 
 class Slice(NamedTuple):
-    """One slice of a layer, prepared: a view of a tensor takes a microsecond.
+    """One slice of a layer, with views made once: making a view takes about a microsecond.
 
     Attributes:
         a: ``(max_loras, max_lora_rank, input_size)``.

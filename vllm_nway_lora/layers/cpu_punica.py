@@ -21,7 +21,7 @@ from vllm_nway_lora.layers.cpu_products import Slice
 class GroupedPunicaWrapper(PunicaWrapperCPU):
     """``PunicaWrapperCPU`` whose products multiply all tokens of an adapter at once.
 
-    A subclass and no proxy: torch.compile looks through a ``wrapt.ObjectProxy`` and would trace the
+    A subclass, not a proxy: torch.compile looks through a ``wrapt.ObjectProxy`` and would trace the
     products of vLLM. What this class does not compute goes to vLLM: a call with an argument that is
     unknown here, and a mapping that does not say which adapter each row of the input has.
     """
@@ -108,7 +108,7 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
         output_slices: Sequence[int],
         offset_start: int = 0,
         add_inputs: bool = True,
-        add_input: bool = True,  # so vLLM's layers name it, and its CPU wrapper ignores that
+        add_input: bool = True,  # vLLM's layers pass this name; its CPU wrapper ignores it
         **unknown: Any,
     ) -> None:
         """Add ``x B^T`` per slice to ``y``, in place; ``x`` is ``(slices, tokens, max_lora_rank)``.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA on ``kv_b_proj`` of MLA attention, which reads that layer's weight itself.
 
-The attention decodes with parts of the weight that it has cut when the model was loaded, and its
-implementation calls the base layer when it prefills. This module replaces functions of these two objects,
-of one attention layer each, and adds LoRA to what they pass on. It does so only where all readers of the
-weight are the functions of vLLM's own ``MLAAttention`` and ``MLACommonImpl`` that it corrects.
+During decode, the attention multiplies by parts that it cut from the weight when the model was loaded.
+During prefill, its implementation calls the base layer. This module replaces functions of both objects,
+per attention layer, and adds LoRA to their results. It does so only if all readers of the weight are known
+functions of vLLM's ``MLAAttention`` and ``MLACommonImpl``.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def find_obstacle(attention: Any, lora_layer: Any, parents: list[nn.Module]) -> 
         return f"its cache is {attention.kv_cache_dtype}"
     config = get_current_vllm_config_or_none()
     if attention.impl.dcp_world_size > 1 or _splits_tokens(config):
-        return "it does not see all tokens of a batch with their context"
+        return "context parallelism or dual-batch overlap splits its tokens"
     if platform.is_cuda() and _is_recorded(config):
         return (
             "CUDA graphs record its decode without LoRA. It is served with --enforce-eager, or with "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions that add LoRA on ``kv_b_proj`` to one MLA attention layer.
 
-Tokens are known by their place in the batch that ``MLAAttention.forward_impl`` gets: first those that
-are decoded, then those that are prefilled. The context of a prefill, which vLLM multiplies in chunks, has
-the adapters of its requests.
+A token is identified by its index in the batch of ``MLAAttention.forward_impl``: decode tokens come
+first, then prefill tokens. The context of a prefill is multiplied in chunks; each row has the adapter of its
+request.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class CorrectedAttention:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Call ``MLAAttention.forward_impl``, with each token's slot at hand."""
+        """Call ``MLAAttention.forward_impl``, with each token's slot known."""
         if self._used and attn_metadata is not None:  # None: vLLM measures its memory
             tokens = attn_metadata.num_actual_tokens
             self._batch = _Batch(
@@ -120,7 +120,10 @@ class CorrectedAttention:
             MLAError: the caller has gone around ``MLAAttention.forward_impl``.
         """
         if self._used and self._batch is None:
-            raise MLAError(f"{self._attention.layer_name}: its adapters are not known here")
+            raise MLAError(
+                f"{self._attention.layer_name}: vLLM called its attention without forward_impl, so each "
+                "token's adapter is unknown. Report this"
+            )
         return self._batch
 
     def forward_mqa(self, q: Any, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +151,7 @@ class CorrectedAttention:
     def compute_context(
         self, q: Any, kv_c_and_k_pe_cache: Any, attn_metadata: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call the implementation's ``_compute_prefill_context``, with its chunks' slots at hand."""
+        """Call the implementation's ``_compute_prefill_context``, with its chunks' slots known."""
         batch = self._find_batch()
         if batch:
             batch.context = list_context(batch.slots[batch.decoded :], attn_metadata.prefill)

@@ -5,10 +5,10 @@ Per head, the weight's rows are ``[K; V]``: ``nope`` rows for the keys, then ``v
 multiplies latent vectors by them. A decode multiplies queries by K and the attention's output by V^T,
 so that LoRA is ``(q B_K) A`` on the queries and ``(o A^T) B_V^T`` on the output.
 
-Only the slots that have LoRA on this layer are multiplied. On CPU, the tokens of each of them are
-multiplied alone. On a GPU, which tokens these are is known only to the GPU: there every such slot is
-multiplied by all tokens, and a mask selects. A selection, not a product with zeros: weights of another
-adapter that are not finite must not reach a token.
+Only slots with LoRA on this layer are computed. On CPU, the tokens of each slot are selected and
+multiplied. On a GPU, the mapping is in GPU memory, so every such slot multiplies all tokens, and
+``torch.where`` selects the results. A product with a mask of zeros would pass on NaN and infinity of another
+adapter.
 """
 
 from __future__ import annotations

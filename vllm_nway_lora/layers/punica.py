@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The place where vLLM hands out the punica wrapper that all of its LoRA layers call."""
+"""Replace the punica wrapper that vLLM's LoRA layers call."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``--kv-sharing-fast-prefill``: a model passes only some tokens of a prefill to its last layers.
 
-vLLM tells its LoRA layers the adapter of every token of the batch. In these layers the tokens stand at
-other places, so that each would get another token's adapter.
+vLLM tells its LoRA layers the adapter of every token of the batch. These layers get fewer tokens at other
+indices, so a token would get the adapter of another one.
 Source: ``fast_prefill_forward`` in model_executor/models/gemma4.py and gemma3n.py, 0.17.1 to 0.33.0.
 """
 

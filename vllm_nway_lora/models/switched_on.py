@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Switch LoRA on for a built model whose class lacks nothing but vLLM's flags for it.
 
-The flags are set on the instance, by the worker that wraps it for LoRA. So no class, no entry of the
-registry, no constructor and no setting of a quantisation changes, and without LoRA nothing does.
+The worker sets the flags on the instance before it wraps the model for LoRA. The class, the registry and
+the quantisation do not change. Two constructors that assert that LoRA is off (Mamba 2, Zamba 2) are called
+without the LoRA configuration.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _is_served_by_listed(model_config: Any) -> bool:
 def name_class(entry: Any) -> tuple[str, str]:
     """Return the module and the name of the class of an entry in vLLM's registry of models.
 
-    Empty if there is no entry. The class is not imported.
+    Two empty strings if there is no entry. The class is not imported.
     """
     loaded = getattr(entry, "model_cls", None)
     if loaded is not None:
