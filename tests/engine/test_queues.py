@@ -89,21 +89,53 @@ def test_requests_keep_their_order_while_their_adapters_are_not_there() -> None:
     assert sorted(engine.finished) == sorted(sent)
 
 
-def test_request_aborted_while_it_is_hidden_stays_out() -> None:
+def test_only_the_choice_of_requests_does_not_see_those_that_are_not_ready() -> None:
+    """The rest of a step counts, aborts and fails them."""
     worker = Worker(capacity=1, slots=1)
     engine = Engine(worker, max_loras=1, max_cpu_loras=1)
     engine.add_request(Request("/1", number=1), steps=3)
     engine.step()
     engine.add_request(Request("/2", number=2))
     lost = engine.add_request(Request("/3", number=3))
+    seen = []
 
-    def abort_and_step() -> None:
-        assert lost not in [request.request_id for request in engine.scheduler.waiting]
-        engine.abort_requests([lost])
+    def schedule() -> None:
+        seen.append([request.request_id for request in engine.scheduler.waiting])
+        engine._schedule()
+
+    def step_and_abort() -> None:
         engine._stock_step()
+        assert lost in [request.request_id for request in engine.scheduler.waiting]
+        engine.abort_requests([lost])
 
-    requests.step(abort_and_step, engine, (), {})
-    assert lost not in [request.request_id for request in engine.scheduler.waiting]
+    engine.scheduler.schedule = schedule
+    requests.step(step_and_abort, engine, (), {})
+    assert seen == [["r2"]]
+    assert engine.scheduler.schedule is schedule
     while engine.scheduler.requests:
         engine.step()
     assert engine.finished == ["r1", "r2"]
+
+
+@pytest.mark.parametrize("kind", ["of KV blocks", "of something else"])
+def test_requests_that_cannot_run_yet_cost_no_call_of_the_workers(kind: str) -> None:
+    """They wait for KV blocks, or for a grammar, a KV transfer or the next input of a session."""
+    worker = Worker(capacity=2, slots=2)
+    engine = Engine(worker)
+    engine.add_request(Request("/1", number=1), steps=200)
+    engine.step()
+    for number in (2, 3, 4):
+        request = engine.add_request(
+            Request(f"/{number}", number=number), is_blocked=kind == "of something else"
+        )
+        engine.blocked.add(request)
+    for _ in range(5):
+        engine.step()
+    calls = engine.model_executor.calls
+    for _ in range(100):
+        engine.step()
+    assert engine.model_executor.calls == calls
+    engine.blocked.clear()
+    while engine.scheduler.requests:
+        engine.step()
+    assert sorted(engine.finished) == ["r1", "r2", "r3", "r4"]

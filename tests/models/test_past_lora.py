@@ -188,3 +188,22 @@ def test_flag_is_turned_off(owner: str) -> None:
     setattr(module, flag, True)
     prepare.disable_fused_kernels(module)
     assert getattr(module, flag) is value
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("Mamba, Falcon-Mamba", ["dt_proj", "x_proj"]), ("Jamba", ["dt_proj", "x_proj"])],
+)
+def test_layers_that_get_a_part_of_a_batch_are_refused(name: str, layers: list[str]) -> None:
+    """LoRA's kernels take the first row of a call for the first token of the batch."""
+    [family] = [family for family in FAMILIES if family.name == name]
+    if not is_in_installed_vllm(family):
+        pytest.skip(f"this release of vLLM has no {name}")
+    reason = "with the prefilled and with the decoded tokens of a batch apart"
+    refused = {
+        path.rpartition(".")[2]
+        for path, layer in build(family).model.named_modules()
+        if isinstance(layer, BaseLinearLayerWithLoRA)
+        and any(reason in text for text in get_notes(layer.base_layer).refusals.values())
+    }
+    assert sorted(refused) == layers

@@ -172,6 +172,7 @@ class Engine:
             requests={},
             max_num_running_reqs=8,
             lora_config=self.model_executor.vllm_config.lora_config,
+            schedule=self._schedule,
         )
         # vLLM 0.18.0 to 0.26.0: requests that a step has skipped.
         self._skipped = self.scheduler.waiting
@@ -217,7 +218,7 @@ class Engine:
 
     def _stock_step(self) -> None:
         """Schedule as vLLM does, and have every worker load what it lacks, in any order."""
-        self._schedule()
+        self.scheduler.schedule()
         running = self.scheduler.running
         by_id = {r.lora_request.lora_int_id: r.lora_request for r in running if r.lora_request}
         for worker in self.model_executor.workers:

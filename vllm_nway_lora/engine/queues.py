@@ -50,11 +50,11 @@ def next_requests(scheduler: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def hide(scheduler: Any, is_hidden: Callable[[Any], bool]) -> Iterator[None]:
+def _hide(scheduler: Any, is_hidden: Callable[[Any], bool]) -> Iterator[None]:
     """Hide the waiting requests for which ``is_hidden`` is true from the scheduler within this context.
 
-    Afterwards they are back in their old order, without those that were aborted. Requests that were added
-    in between (preempted ones) stay at the front.
+    Afterwards they are back in their old order. Requests that were added in between (preempted ones) stay
+    at the front.
     """
     hidden = []
     for queue in _find_queues(scheduler):
@@ -66,7 +66,38 @@ def hide(scheduler: Any, is_hidden: Callable[[Any], bool]) -> Iterator[None]:
         yield
     finally:
         for queue, before, requests in hidden:
-            _put_back(queue, before, [r for r in requests if r.request_id in scheduler.requests])
+            _put_back(queue, before, requests)
+
+
+@contextlib.contextmanager
+def watch_schedule(scheduler: Any, is_hidden: Callable[[Any], bool]) -> Iterator[set[int]]:
+    """Hide the waiting requests for which ``is_hidden`` is true from ``schedule`` within this context.
+
+    All else in a step sees them: aborts, failed KV loads, and the number of unfinished requests.
+
+    Yields:
+        The ids of the running requests' adapters, once ``schedule`` has been called.
+    """
+    used: set[int] = set()
+    own = vars(scheduler).get("schedule")
+    schedule = scheduler.schedule
+
+    def schedule_visible(*args: Any, **kwargs: Any) -> Any:
+        # A full batch takes no waiting request, and hiding costs time for each that waits.
+        is_full = len(scheduler.running) >= scheduler.max_num_running_reqs
+        with contextlib.nullcontext() if is_full else _hide(scheduler, is_hidden):
+            output = schedule(*args, **kwargs)
+        used.update(request.lora_request.lora_int_id for request in with_lora(scheduler.running))
+        return output
+
+    scheduler.schedule = schedule_visible
+    try:
+        yield used
+    finally:
+        if own is None:
+            del scheduler.schedule
+        else:
+            scheduler.schedule = own
 
 
 def _put_back(queue: Any, before: list[Any], hidden: list[Any]) -> None:

@@ -62,17 +62,13 @@ def step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
             rehash(engine, request)
     if residency.is_stale:
         _look_again(engine)
-    if residency.is_stale:
-        with queues.hide(scheduler, lambda r: not residency.is_ready(source_of(r.lora_request))):
-            result = wrapped(*args, **kwargs)
-    else:
+    if not (residency.is_stale or residency.may_evict):
+        return wrapped(*args, **kwargs)
+    with queues.watch_schedule(
+        scheduler, lambda request: not residency.is_ready(source_of(request.lora_request))
+    ) as used:
         result = wrapped(*args, **kwargs)
-    if residency.may_evict:
-        # The step used the adapters of the running requests, so that they were not evicted.
-        residency.may_evict = False
-        residency.keep(
-            {request.lora_request.lora_int_id for request in queues.with_lora(scheduler.running)}
-        )
+    residency.note_step(used)
     return result
 
 
@@ -137,6 +133,10 @@ def _look_again(engine: Any) -> None:
     for request in requests:
         source = source_of(request.lora_request)
         needed.add(source)
+        if not residency.is_ready(source) and residency.is_full(
+            {s.id for s in needed} - {source.id}
+        ):
+            continue  # a step must use a prepared adapter first
         error = errors.get(source) or _look(engine, request.lora_request, needed)
         if error:
             errors[source] = failed[request.request_id] = error

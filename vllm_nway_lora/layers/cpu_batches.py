@@ -60,6 +60,10 @@ class Batch:
         """
         return self.is_uniform or rows >= self.size or not self.groups
 
+    def fits_exactly(self, rows: int) -> bool:
+        """As :meth:`fits`, for an input without padding."""
+        return self.is_uniform or rows == self.size or not self.groups
+
 
 NO_LORA = Batch(0, ())
 

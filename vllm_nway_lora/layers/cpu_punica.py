@@ -167,14 +167,15 @@ class GroupedPunicaWrapper(PunicaWrapperCPU):
     ) -> None:
         """Add LoRA to the logits ``y`` ``(prompts, vocabulary)``, in place; ``x`` is ``(prompts, hidden)``.
 
-        A row of ``y`` can have padding at its end.
+        A row of ``y`` can have padding at its end. If there are more rows than prompts (prompt logprobs), vLLM
+        is called, which raises an error.
         """
         width = lora_b_stacked.shape[-2]
         is_known = not unknown and width <= y.shape[-1]
         if (
             not is_known
             or torch.compiler.is_compiling()
-            or not self._grouped_prompts.fits(_count_rows(x))
+            or not self._grouped_prompts.fits_exactly(_count_rows(x))
         ):
             super().add_lora_logits(y, x, lora_a_stacked, lora_b_stacked, scale, **unknown)
         elif self._grouped_prompts.groups:
