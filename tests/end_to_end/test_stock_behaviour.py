@@ -45,13 +45,14 @@ def test_every_scenario_runs(records: dict[bool, dict[str, Record]]) -> None:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_answers_and_reads_equal_stocks(
+def test_answers_equal_stocks_and_no_file_is_read_more_often(
     records: dict[bool, dict[str, Record]], scenario: str
 ) -> None:
     stock, plugin = (records[side][scenario] for side in (False, True))
     assert "error" not in stock.tokens, stock
     assert plugin.tokens == stock.tokens
-    assert plugin.reads == stock.reads
+    # Stock vLLM can evict an adapter that the same step uses, and read it again.
+    assert plugin.reads <= stock.reads
     # An adapter that must be loaded is looked at once before its step, which costs one call of the
     # workers and one listing of its folder, and keeps a bad adapter from ending the engine.
     assert plugin.calls - stock.calls <= max(

@@ -182,7 +182,7 @@ NEEDS = (
     *_of(
         "vllm.v1.core.sched.scheduler",
         "Scheduler",
-        *("lora_config", "max_num_running_reqs", "requests", "running", "waiting"),
+        *("lora_config", "max_num_running_reqs", "running", "schedule", "waiting"),
     ),
     *_of("vllm.v1.core.sched.request_queue", "RequestQueue", "prepend_request", "remove_requests"),
     *_of(
