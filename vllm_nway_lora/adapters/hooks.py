@@ -113,10 +113,13 @@ def activate_adapter(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
     Until 0.32.0 vLLM assigns the slot before it writes the slot. In every release the adapter stays
     registered, and the next request finds it and gets the slot's half-written content.
     """
+    lora_id = args[0] if args else kwargs["lora_id"]
     try:
         return wrapped(*args, **kwargs)
     except BaseException:
-        manager.remove_adapter(args[0] if args else kwargs["lora_id"])
+        # If every slot has another adapter, none was written, and the adapter stays registered.
+        if {None, lora_id} & {*manager.lora_index_to_id}:
+            manager.remove_adapter(lora_id)
         raise
 
 
