@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from machine import describe, write
+from machine import describe, set_engine_environment, write
 
 NAMES = ("stock", "plugin")
 #: Slots and places for adapters.
@@ -154,14 +154,7 @@ ACTIONS = (
 
 def serve(pipe: Connection, name: str, checkpoint: Path, adapters: Path) -> None:
     """Run an engine core in this process, and answer each action with its cost."""
-    os.environ |= {
-        "VLLM_NWAY_LORA": "1" if name == "plugin" else "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    set_engine_environment(plugin=name == "plugin")
     core = Core(checkpoint, adapters)
     pipe.send(None)
     while True:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import os
 import random
 import statistics
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-from machine import describe, write
+from machine import describe, set_engine_environment, write
 
 #: Nine gated-delta-net layers and three of attention, 180 million parameters.
 SIZES: dict[str, Any] = {
@@ -98,14 +97,7 @@ class Engine:
 
 def serve(pipe: Connection, name: str, checkpoint: Path, adapters: list[Path]) -> None:
     """Run an engine in this process, and answer each load with its time."""
-    os.environ |= {
-        "VLLM_NWAY_LORA": "1" if name == "plugin" else "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    set_engine_environment(plugin=name == "plugin")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

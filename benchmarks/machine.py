@@ -39,3 +39,15 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Save a result as JSON with one value per line, which keeps diffs readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def set_engine_environment(*, plugin: bool) -> None:
+    """Set this process's variables for an engine on CPU, in this process and with one thread."""
+    os.environ |= {
+        "VLLM_NWAY_LORA": "1" if plugin else "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }

@@ -68,7 +68,7 @@ def compare_ranks(reports: Sequence[Report], expected: Sequence[str]) -> str:
 def _expected_patches() -> list[str]:
     """Return the names of the patches that every worker with LoRA has on this release.
 
-    A group that can be turned off alone is left out: it changes the speed, and not what is computed.
+    A group that can be turned off alone is left out: a rank may lack it.
     """
     version = importlib.import_module("vllm").__version__
     return [

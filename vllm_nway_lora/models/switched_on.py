@@ -139,7 +139,7 @@ def _list_modules(model: nn.Module, entries: Mapping[str, Sequence[str]]) -> dic
 def refuse_untraced(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> None:
     """Note refusals on the layers of a switched-on model that could not be traced.
 
-    vLLM has no LoRA on these classes, so its own slicing says nothing of their rows.
+    vLLM's own slices are not tested on these classes, because vLLM has no LoRA on them.
 
     Args:
         model: the built and traced model, not wrapped for LoRA yet.
