@@ -32,8 +32,8 @@ NEEDS = (
         f"{_LORA}.model_manager",
         "LoRAModelManager",
         *("_get_lora_layer_weights", "_get_punica_wrapper", "_is_non_gated_moe", "_last_mapping"),
-        *("list_adapters", "lora_config", "lora_slots", "model", "modules", "packed_modules"),
-        *("packed_modules_mapping", "remove_adapter", "supports_mm"),
+        *("list_adapters", "lora_config", "lora_index_to_id", "lora_slots", "model", "modules"),
+        *("packed_modules", "packed_modules_mapping", "remove_adapter", "supports_mm"),
     ),
     *_of(f"{_LORA}.lora_model", "LoRAModel", "id", "loras", "rank"),
     *_of(
