@@ -69,7 +69,7 @@ def main() -> int:
             environment.say(
                 f"{done} of {len(todo)} releases done, failed: {' '.join(failed) or '-'}"
             )
-            readme.main()
+    readme.main()
     return 1 if failed else 0
 
 
