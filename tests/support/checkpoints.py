@@ -39,17 +39,22 @@ _GDN: dict[str, Any] = {
 }
 
 
+# As in the published checkpoints. The CPU kernel of vLLM 0.28.0 takes no state of bfloat16.
+_FLOAT32_STATE = {"mamba_ssm_dtype": "float32"}
+
+
 def save_qwen3_5(folder: Path, **sizes: Any) -> Path:
     """Save a tiny Qwen3.5 text model; ``sizes`` replaces fields of its configuration."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig(**_GDN | sizes)
+    config = Qwen3_5TextConfig(**_GDN | _FLOAT32_STATE | sizes)
     return _save(Qwen3_5ForCausalLM, config, folder)
 
 
 # In bfloat16, rounding would choose other experts, so each token has all of them.
 _MIXTURE: dict[str, Any] = {
     **{key: value for key, value in _GDN.items() if key != "intermediate_size"},
+    **_FLOAT32_STATE,
     "num_experts": 4,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 64,
