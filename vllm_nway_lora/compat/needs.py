@@ -257,5 +257,9 @@ OF_OPTIONAL_OWNERS = (
         "Lfm2VLForConditionalGeneration",
         *("hf_to_vllm_mapper", "packed_modules_mapping"),
     ),
-    *_of("vllm.models.qwen4_exp.nvidia.hyperconnection", "GatedResidual", "_use_hc_down_silu"),
+)
+
+#: As above, and as in ``RECENT``: 0.30.0 has the class without its kernel, and so without the flag.
+RECENT_OF_OPTIONAL_OWNERS = _of(
+    "vllm.models.qwen4_exp.nvidia.hyperconnection", "GatedResidual", "_use_hc_down_silu"
 )

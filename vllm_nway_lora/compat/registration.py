@@ -134,8 +134,11 @@ def find_missing(version: str) -> tuple[str, ...]:
     is_newer = release is None or release > releases.LAST
     try:
         sources = Sources()
-        used = [*targets, *needs.NEEDS, *(needs.RECENT if is_newer else ())]
-        used += [need for need in needs.OF_OPTIONAL_OWNERS if sources.has_owner(need)]
+        used, optional = [*targets, *needs.NEEDS], needs.OF_OPTIONAL_OWNERS
+        if is_newer:
+            used += needs.RECENT
+            optional += needs.RECENT_OF_OPTIONAL_OWNERS
+        used += [need for need in optional if sources.has_owner(need)]
         faults = [sources.find_fault(need) for need in used]
     except Exception as error:
         return (f"sources that can be read ({type(error).__name__}: {error})",)
