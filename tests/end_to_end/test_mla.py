@@ -32,8 +32,8 @@ def test_batch_of_adapters_equals_merged_weights(
     }
     if ranks == 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    job = {"options": options, "chunks": chunks, "results": str(results)}
-    run_module("support.mla_engine", job, tmp_path / "log", environment, 900)
+    job = {"family": "DeepSeek-V3", "options": options, "chunks": chunks, "results": str(results)}
+    run_module("support.batch_engine", job, tmp_path / "log", environment, 900)
     found = json.loads(results.read_text())
     assert min(effect for effect in found["effects"] if effect) > 1
     assert max(found["errors"]) < 1e-4

@@ -95,9 +95,9 @@ def find_obstacle(attention: Any, lora_layer: Any, parents: list[nn.Module]) -> 
     if name := _find_own_function(type(attention.impl), MLACommonImpl, _OF_IMPLEMENTATION):
         return f"{name} is its own"
     readers = {
-        *_list_users(type(attention), _PARTS, _KNOWN),
-        *_list_users(type(attention.impl), _PARTS, _KNOWN),
-        *(user for parent in parents for user in _list_users(type(parent), _INNER, frozenset())),
+        *list_users(type(attention), _PARTS, _KNOWN),
+        *list_users(type(attention.impl), _PARTS, _KNOWN),
+        *(user for parent in parents for user in list_users(type(parent), _INNER, frozenset())),
     }
     if readers:
         return f"{min(readers)} reads the weight too"
@@ -126,7 +126,7 @@ def _find_own_function(owner: type, generic: type, names: Iterable[str]) -> str:
     return ""
 
 
-def _list_users(owner: type, names: frozenset[str], known: frozenset[str]) -> Iterator[str]:
+def list_users(owner: type, names: frozenset[str], known: frozenset[str]) -> Iterator[str]:
     """Yield the functions of a class that name one of ``names``, without those in ``known``."""
     for base in owner.__mro__:
         for member_name, member in vars(base).items():

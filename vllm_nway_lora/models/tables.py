@@ -91,11 +91,6 @@ SAME_PRODUCT = frozenset(
 _CONVOLUTION = "the convolution kernel reads its weight directly and bypasses every LoRA layer"
 _COMPRESSOR = "DeepSeek-V4's attention reads its weight directly and bypasses every LoRA layer"
 
-_APART = (
-    "its mixer calls it with the prefilled and with the decoded tokens of a batch apart, and LoRA's rows are "
-    "the tokens of the whole batch"
-)
-
 #: (class of the layer's parent, layer's name) -> module -> the reason why LoRA on it cannot be exact.
 #: The class is the end of its full name; empty for any class.
 UNSUPPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {
@@ -105,12 +100,6 @@ UNSUPPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("", "q_conv1d"): {"q_conv1d": _CONVOLUTION},
     ("", "k_conv1d"): {"k_conv1d": _CONVOLUTION},
     ("", "v_conv1d"): {"v_conv1d": _CONVOLUTION},
-    # model_executor/layers/mamba/mamba_mixer.py, _ssm_transform.
-    ("MambaMixer", "x_proj"): {"x_proj": _APART},
-    ("MambaMixer", "dt_proj"): {"dt_proj": _APART},
-    # model_executor/models/plamo2.py, _project_ssm_parameters (to 0.26.0).
-    ("Plamo2MambaMixer", "bcdt_proj"): {"bcdt_proj": _APART},
-    ("Plamo2MambaMixer", "dt_proj"): {"dt_proj": _APART},
     # model_executor/models/iquest_loopcoder.py, LoopGateProjection.forward.
     ("LoopGateProjection", "gate_proj"): {
         "gate_proj": "its model calls it with one row per head, and LoRA's rows are tokens"

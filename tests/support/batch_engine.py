@@ -1,6 +1,6 @@
-"""An engine on a tiny DeepSeek-V3: several adapters with ``kv_b_proj`` in one batch, and merged weights.
+"""An engine that serves several adapters in one batch, and engines with merged weights.
 
-``python -m support.mla_engine JOB`` runs one engine with LoRA in this process, after an engine with merged
+``python -m support.batch_engine JOB`` runs one engine with LoRA in this process, after an engine with merged
 weights in a fork, and writes what differs.
 """
 
@@ -20,20 +20,27 @@ from unittest import mock
 import torch
 from safetensors.torch import save_file
 
-from support import oracle_cases
+from support import mixer_kernels, oracle_cases
 from support.oracle_engines import FORCED, VOCABULARY, _load_again, call_in_fork, prepare
 from support.oracle_families import FAMILIES
 from support.oracle_family import save_checkpoint
 
 DECODED = 5
-#: Adapter -> the ends of its modules' names; all have one rank and scale, and tensors of their own.
-ADAPTERS = {
-    "kv_b_proj": ("kv_b_proj",),
-    "all linear": ("_proj", "_proj_with_mqa"),
-    "one layer": ("layers.1.self_attn.kv_b_proj", "q_b_proj"),
+#: Family -> adapter -> the ends of its modules' names; all have one rank and scale, and tensors of their own.
+ADAPTERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "DeepSeek-V3": {
+        "one kind": ("kv_b_proj",),
+        "all linear": ("_proj", "_proj_with_mqa"),
+        "one layer": ("layers.1.self_attn.kv_b_proj", "q_b_proj"),
+    },
+    "Mamba": {
+        "one kind": ("x_proj",),
+        "all linear": ("_proj",),
+        "one layer": ("layers.1.mixer.x_proj", "layers.0.mixer.dt_proj"),
+    },
 }
 #: The requests of a batch; None: no adapter.
-BATCH = ("kv_b_proj", None, "all linear", "one layer", "kv_b_proj", "all linear", None)
+BATCH = ("one kind", None, "all linear", "one layer", "one kind", "all linear", None)
 
 
 def list_prompts() -> list[list[int]]:
@@ -90,7 +97,7 @@ def ask(llm: Any, requests: list[Any] | None = None) -> torch.Tensor:
     )
 
 
-def compute_expected(folder: Path) -> dict[str | None, torch.Tensor]:
+def compute_expected(folder: Path, job: Mapping[str, Any]) -> dict[str | None, torch.Tensor]:
     """Return the answers of an engine without LoRA, to the whole batch, per adapter merged into it."""
     with mock.patch.dict("os.environ", VLLM_NWAY_LORA="0"):
         llm = start(folder / "model", {"options": {}})
@@ -98,17 +105,19 @@ def compute_expected(folder: Path) -> dict[str | None, torch.Tensor]:
     shutil.copytree(folder / "model", merged, ignore=shutil.ignore_patterns("*.safetensors*"))
     weights = list(oracle_cases.read_checkpoint(folder / "model"))
     answers: dict[str | None, torch.Tensor] = {None: ask(llm)}
-    for name, modules in list_modules(folder).items():
+    for name, modules in list_modules(folder, job["family"]).items():
         save_file(dict(oracle_cases.merge(weights, modules)), merged / "model.safetensors")
         llm.collective_rpc(_load_again, args=(str(merged),))
         answers[name] = ask(llm)
     return answers
 
 
-def list_modules(folder: Path) -> dict[str, list[str]]:
+def list_modules(folder: Path, family: str) -> dict[str, list[str]]:
     """Return each adapter's modules."""
     modules = [m for m in oracle_cases.list_modules(folder / "model") if "layers." in m]
-    return {name: [m for m in modules if m.endswith(ends)] for name, ends in ADAPTERS.items()}
+    return {
+        name: [m for m in modules if m.endswith(ends)] for name, ends in ADAPTERS[family].items()
+    }
 
 
 def use_chunks() -> None:
@@ -159,26 +168,26 @@ def main(job: Mapping[str, Any]) -> int:
     """Run the engines of a job and write the differences.
 
     Args:
-        job: ``options`` of the engine with LoRA; ``chunks``, whether it prefills in chunks and with a
+        job: ``family``, a key of :data:`ADAPTERS`; ``options`` of the engine with LoRA; ``chunks``, whether it prefills in chunks and with a
             cache, and gets the batch twice; ``results``, a file.
     """
     from vllm.lora.request import LoRARequest
 
     prepare()
-    [family] = [family for family in FAMILIES if family.name == "DeepSeek-V3"]
+    if job["family"] == "Mamba":
+        mixer_kernels.replace_kernels()
+    [family] = [family for family in FAMILIES if family.name == job["family"]]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_checkpoint(family, folder / "model")
         shapes = oracle_cases.list_modules(folder / "model")
-        expected = call_in_fork(compute_expected, folder)
+        expected = call_in_fork(compute_expected, folder, job)
         if job["chunks"]:
             use_chunks()
-        counter = count_calls()
-        llm = start(
-            folder / "model", job, enable_lora=True, max_loras=len(ADAPTERS) + 1, max_lora_rank=8
-        )
+        counter = mixer_kernels.count_parts() if family.name == "Mamba" else count_calls()
+        llm = start(folder / "model", job, enable_lora=True, max_loras=4, max_lora_rank=8)
         requests: dict[str | None, Any] = {None: None}
-        for number, (adapter, modules) in enumerate(list_modules(folder).items()):
+        for number, (adapter, modules) in enumerate(list_modules(folder, family.name).items()):
             path = oracle_cases.save_adapter(folder / str(number), shapes, modules)
             requests[adapter] = LoRARequest(adapter, number + 1, str(path))
         batch = [requests[adapter] for adapter in BATCH]
