@@ -249,7 +249,8 @@ def gpu_engines() -> str:
         adapted = [row for row in rows if row["adapter"]]
         noise = max(row["error"] for row in rows if not row["adapter"])
         exact = sum(row["outcome"] == "exact" for row in adapted)
-        worst = max(row["error"] / row["effect"] for row in adapted)
+        # Adapters that were refused have no effect.
+        worst = max((r["error"] / r["effect"] for r in adapted if r["effect"]), default=0.0)
         cells.append((*key, f"{exact} of {len(adapted)}", f"{worst:.2f}", f"{noise:.2f}"))
     headings = (
         "vLLM",
