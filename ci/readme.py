@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "ci"), str(ROOT / "tests")]
 
-import published_tables  # noqa: E402  # found by the path above
+import moe_table  # noqa: E402  # found by the path above
+import published_tables  # noqa: E402
 import tables  # noqa: E402
 
 
@@ -270,6 +271,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/releases.md": {
         "releases": releases,
         "pythons": pythons,
+        "experts": moe_table.rows,
         "gpu engines": gpu_engines,
         "defects": defects,
     },

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 from support.adapters import ServedModel
 from support.moe_adapters import ROWS
-from support.moe_checks import CLASSES, EngineChecks, Run, run_engine
+from support.moe_checks import CLASSES, STOCK, EngineChecks, Run, run_engine
 from support.moe_engine import Setup
-
-from vllm_nway_lora.diagnosis.report import Outcome
 
 SETUPS = (
     Setup(1, False),
@@ -55,15 +53,4 @@ def test_stock_vllm_serves_some_adapters(
 ) -> None:
     """Fails if a later release of vLLM fixes a defect."""
     stock = run_engine(get_model("text"), tmp_path, Setup(1, False), plugin=False)
-    assert {name: stock.outcome(name) for name in ROWS} == {
-        "gated delta net": Outcome.EXACT,
-        "standard attention": Outcome.EXACT,
-        "in_proj_z alone": Outcome.REFUSED,
-        "experts, 2-D": Outcome.EXACT,
-        "experts, 3-D": Outcome.REFUSED,  # without --enable-mixed-moe-lora-format
-        # The gate's part is ignored.
-        "everything, 2-D": Outcome.WRONG,
-        "everything, 3-D": Outcome.REFUSED,
-        "shared expert": Outcome.WRONG,
-        "shared_expert_gate alone": Outcome.IGNORED,
-    }
+    assert {name: stock.outcome(name) for name in ROWS} == STOCK
