@@ -14,6 +14,7 @@ from support.adapters import ServedModel
 from support.moe_adapters import ROWS
 from support.moe_checks import CLASSES, STOCK, EngineChecks, Run, run_engine
 from support.moe_engine import Setup
+from support.release import needs_qwen3_5_text
 
 SETUPS = (
     Setup(1, False),
@@ -24,13 +25,18 @@ SETUPS = (
 )
 #: ``test_engine.py`` has the configuration that is left out.
 CONFIGURATIONS = [
-    (name, setup) for name in CLASSES for setup in SETUPS if (name, setup) != ("text", SETUPS[3])
+    pytest.param(
+        (name, setup),
+        id=f"{name}-{setup}",
+        marks=needs_qwen3_5_text if name == "text" else (),
+    )
+    for name in CLASSES
+    for setup in SETUPS
+    if (name, setup) != ("text", SETUPS[3])
 ]
 
 
-@pytest.fixture(
-    scope="module", params=CONFIGURATIONS, ids=[f"{name}-{setup}" for name, setup in CONFIGURATIONS]
-)
+@pytest.fixture(scope="module", params=CONFIGURATIONS)
 def run(
     request: pytest.FixtureRequest,
     get_model: Callable[[str], ServedModel],
@@ -48,6 +54,7 @@ class TestConfiguration(EngineChecks):
         assert is_split == run.setup.expert_parallel
 
 
+@needs_qwen3_5_text
 def test_stock_vllm_serves_some_adapters(
     get_model: Callable[[str], ServedModel], tmp_path: Path
 ) -> None:
