@@ -105,7 +105,6 @@ def main(job: dict[str, Any]) -> None:
     # vLLM spawns workers on CPU; see support/offline.py.
     multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
     oracle_moe.replace_kernels()
-    oracle_moe.choose_triton()
     adapters, prompts = job["adapters"], job["prompts"]
     llm = _start(job["checkpoint"], Setup(**job["setup"]), len(adapters))
     requests: dict[str, Any] = {BASE: None}

@@ -28,26 +28,6 @@ def replace_kernels() -> None:
     fused_topk_router.vllm_topk_sigmoid = functools.partial(_route, score=torch.sigmoid)
 
 
-class _OtherPlatform:
-    """The platform, which says that it is no CPU."""
-
-    def __init__(self, platform: Any) -> None:
-        self._platform = platform
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._platform, name)
-
-    def is_cpu(self) -> bool:
-        return False
-
-
-def choose_triton() -> None:
-    """Have vLLM choose ``TritonExperts`` for LoRA on CPU. To 0.26, it takes experts without LoRA there."""
-    from vllm.model_executor.layers.fused_moe.oracle import unquantized
-
-    unquantized.current_platform = _OtherPlatform(unquantized.current_platform)
-
-
 def _route(
     weights: torch.Tensor,
     ids: torch.Tensor,
