@@ -54,6 +54,8 @@ _MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
+    # As in the published checkpoints; the CPU kernel of vLLM 0.28.0 takes no other type.
+    "mamba_ssm_dtype": "float32",
 }
 
 
