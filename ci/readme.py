@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "ci" / "results"
 sys.path[:0] = [str(ROOT), str(ROOT / "ci"), str(ROOT / "tests")]
 
-import published_tables  # noqa: E402  # found by the path above
+import moe_table  # noqa: E402  # found by the path above
+import published_tables  # noqa: E402
 import tables  # noqa: E402
 
 
@@ -249,7 +250,8 @@ def gpu_engines() -> str:
         adapted = [row for row in rows if row["adapter"]]
         noise = max(row["error"] for row in rows if not row["adapter"])
         exact = sum(row["outcome"] == "exact" for row in adapted)
-        worst = max(row["error"] / row["effect"] for row in adapted)
+        # Adapters that were refused have no effect.
+        worst = max((r["error"] / r["effect"] for r in adapted if r["effect"]), default=0.0)
         cells.append((*key, f"{exact} of {len(adapted)}", f"{worst:.2f}", f"{noise:.2f}"))
     headings = (
         "vLLM",
@@ -269,6 +271,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/releases.md": {
         "releases": releases,
         "pythons": pythons,
+        "experts": moe_table.rows,
         "gpu engines": gpu_engines,
         "defects": defects,
     },

@@ -11,6 +11,9 @@ import pytest
 from support.adapters import ServedModel
 from support.moe_checks import EngineChecks, Run, run_engine
 from support.moe_engine import Setup
+from support.release import needs_qwen3_5_text
+
+pytestmark = needs_qwen3_5_text
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,9 @@ from __future__ import annotations
 import pytest
 from support.quantised_checkpoints import LAYOUTS
 from support.quantised_checks import EngineChecks, Run, run_engine
+from support.release import needs_qwen3_5_text
+
+pytestmark = needs_qwen3_5_text
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Sleep, reloaded weights, speculative decoding and cached prefixes, each followed by LoRA."""
+"""Sleep, reloaded and updated weights, speculative decoding and cached prefixes, each followed by LoRA."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from support.adapters import Answer, prompts, save_adapter
 from support.checkpoints import save_fused_llama, save_qwen3_5
 from support.scale import Judge, Served, copy_as
 from support.scale_offline import Results, run_steps
+from support.scale_weights import OPTIONS as WEIGHT_TRANSFER
 
 PROMPT = prompts(1)[0]
 
@@ -68,6 +69,28 @@ def test_sleep_lost_weights_and_other_weights(served: Served, tmp_path: Path) ->
     assert "is refused on vLLM" in results[16]
     check(results, Judge(other, served.good), {18: "a0", 19: "a1"})
     assert not served.judge.is_exact("a0", results[18])
+
+
+def test_weights_that_a_trainer_sends(served: Served, tmp_path: Path) -> None:
+    """vLLM then removes all adapters of its workers, and requests load them again."""
+    other = save_qwen3_5(tmp_path / "other", initializer_range=0.06)
+    a, b = str(served.good["a0"]), str(served.good["a1"])
+    again = [("complete", "a", a, PROMPT), ("complete", "b", b, PROMPT)]
+    steps = [
+        ("add", "a", a),
+        *again,
+        ("update", str(other)),
+        *again,
+        ("add", "bad", str(served.bad[0])),
+        ("update", str(served.checkpoint)),
+        *reversed(again),
+    ]
+    results = run_steps(served.checkpoint, steps, tmp_path / "log", WEIGHT_TRANSFER)
+    assert results[3] is results[7] is None, results
+    check(results, served.judge, {1: "a0", 2: "a1", 8: "a1", 9: "a0"})
+    check(results, Judge(other, served.good), {4: "a0", 5: "a1"})
+    assert not served.judge.is_exact("a0", results[4])
+    assert "is refused on vLLM" in results[6]
 
 
 def test_ngram_speculation_is_exact_with_adapters(llama: Served, tmp_path: Path) -> None:

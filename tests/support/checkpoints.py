@@ -59,6 +59,8 @@ _MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
+    # As in the published checkpoints; the CPU kernel of vLLM 0.28.0 takes no other type.
+    "mamba_ssm_dtype": "float32",
 }
 
 
@@ -206,6 +208,22 @@ def save_llama(folder: Path) -> Path:
         pad_token_id=2,
     )
     return _save(LlamaForCausalLM, config, folder)
+
+
+def save_deepseek_v3(folder: Path) -> Path:
+    """Save a DeepSeek-V3 without experts; its MLA has the sizes for which vLLM's kernels are made."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        **_SMALL | {"num_key_value_heads": 4, "num_hidden_layers": 2},
+        first_k_dense_replace=2,
+        q_lora_rank=64,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+    )
+    return _save(DeepseekV3ForCausalLM, config, folder)
 
 
 def save_gpt2(folder: Path) -> Path:

@@ -57,6 +57,10 @@ MODES: dict[str, dict[str, Any]] = {
         }
     },
 }
+# Attention outside of the graphs.
+MODES["piecewise"] = {
+    "compilation_config": MODES["compile"]["compilation_config"] | {"cudagraph_mode": "PIECEWISE"}
+}
 
 
 class Run:
@@ -120,7 +124,7 @@ class Run:
         }
         self.reach("imported")
         names = list(self.expected["adapters"])
-        self._llm = vllm.LLM(str(self.folder / "model"), **arguments(self.mode, len(names)))
+        self._llm = vllm.LLM(str(self.folder / "model"), **arguments(self.mode, len(names), config))
         self.found["layers"] = self._llm.apply_model(list_layers)[0]
         runner = self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.found["runner"] = type(runner).__module__
@@ -218,15 +222,17 @@ class Run:
         return found
 
 
-def arguments(mode: str, adapters: int) -> dict[str, Any]:
-    """Return the engine's arguments. The cache's size is given: beside other processes, vLLM cannot
-    measure the free memory."""
+def arguments(mode: str, adapters: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the engine's arguments for a model's ``config.json``.
+
+    The cache's size is given: beside other processes, vLLM cannot measure the free memory.
+    """
     return {
         "dtype": "bfloat16",
         "enable_lora": True,
         "max_loras": adapters,
         "max_lora_rank": 16,
-        "attention_backend": "TRITON_ATTN",
+        "attention_backend": "TRITON_MLA" if "kv_lora_rank" in config else "TRITON_ATTN",
         "gdn_prefill_backend": "triton",  # by default it is FlashInfer's
         "limit_mm_per_prompt": {"image": 0, "video": 0},
         "enable_prefix_caching": False,

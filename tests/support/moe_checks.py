@@ -24,6 +24,20 @@ PROMPTS = prompts(2)
 #: Rounding of bfloat16 in the base model's logprobs: 0.03 to 0.10. Adapters change them by 1.5 to 5.
 NOISE = 0.2
 
+#: The row -> its outcome with stock vLLM 0.32.0 at TP 1.
+STOCK = {
+    "gated delta net": Outcome.EXACT,
+    "standard attention": Outcome.EXACT,
+    "in_proj_z alone": Outcome.REFUSED,
+    "experts, 2-D": Outcome.EXACT,
+    "experts, 3-D": Outcome.REFUSED,  # without --enable-mixed-moe-lora-format
+    # The gate's part is ignored.
+    "everything, 2-D": Outcome.WRONG,
+    "everything, 3-D": Outcome.REFUSED,
+    "shared expert": Outcome.WRONG,
+    "shared_expert_gate alone": Outcome.IGNORED,
+}
+
 
 @dataclass(frozen=True)
 class Run:

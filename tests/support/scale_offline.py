@@ -132,6 +132,13 @@ class Engine:
         self.llm.collective_rpc("reload_weights", kwargs=options)
         self.llm.reset_prefix_cache()
 
+    def update(self, folder: str) -> None:
+        """Update the base model's weights from another folder (``scale_weights``), as a trainer does."""
+        self.llm.collective_rpc("start_weight_update")
+        self.llm.collective_rpc("update_weights", args=({"folder": folder},))
+        self.llm.collective_rpc("finish_weight_update")
+        self.llm.reset_prefix_cache()
+
     def drafted(self) -> int:
         """Return how many of the tokens that the drafter proposed were accepted."""
         found = [m for m in self.llm.get_metrics() if m.name.endswith("num_accepted_tokens")]
