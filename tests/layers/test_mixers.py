@@ -7,6 +7,7 @@ import importlib.util
 from typing import Any
 
 import pytest
+import torch
 from support import mixers
 from support.mixers import Case
 from support.ranks import Ranks
@@ -48,3 +49,14 @@ def test_without_correction_the_batch_fails(ranks: Ranks) -> None:
     """On CPU vLLM compares the numbers of tokens; on a GPU LoRA takes the tokens of other requests."""
     with pytest.raises(RuntimeError, match="subscript|size"):
         ranks.run(mixers.run, dataclasses.replace(CASES["mixed"], corrected=False))
+
+
+def test_unknown_part_of_a_batch_raises_if_an_adapter_is_there(ranks: Ranks) -> None:
+    with pytest.raises(RuntimeError, match="its batch is not known here"):
+        ranks.run(mixers.run, dataclasses.replace(CASES["decodes"], is_known=False))
+
+
+def test_unknown_part_of_a_batch_without_adapters_is_left_to_vllm(ranks: Ranks) -> None:
+    case = Case((-1,), (-1, -1), has_lora=False, is_known=False)
+    for output, expected, _ in ranks.run(mixers.run, case):
+        assert torch.equal(output, expected)

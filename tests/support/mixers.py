@@ -45,6 +45,8 @@ class Case:
         corrected: whether the package corrects the mixer.
         model: ``mamba`` or ``plamo2``.
         is_normed: whether Mamba's mixer normalises what ``x_proj`` makes, as Falcon-Mamba's does.
+        has_lora: whether an adapter is in each slot.
+        is_known: whether the package knows the parts of the batch.
     """
 
     decoded: tuple[int, ...] = ()
@@ -54,6 +56,8 @@ class Case:
     fully_sharded: bool = False
     model: str = "mamba"
     is_normed: bool = False
+    has_lora: bool = True
+    is_known: bool = True
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -183,7 +187,7 @@ def add_lora(mixer: Any, case: Case) -> None:
         lora_layer = utils.from_layer(getattr(mixer, name), layers.MAX_LORAS, config, [], None)
         lora_layer.set_mapping(wrapper)
         setattr(mixer, name, lora_layer)
-        for slot in range(SLOTS):
+        for slot in range(SLOTS if case.has_lora else 0):
             lora_layer.set_lora(slot, *draw_pair(case, name, slot))
     if case.corrected:
         correct_mixers(nn.Sequential(mixer))
@@ -191,10 +195,13 @@ def add_lora(mixer: Any, case: Case) -> None:
 
 def forward(mixer: Any, case: Case) -> torch.Tensor:
     """Return the mixer's output for the tokens of a batch."""
+    from vllm_nway_lora.layers import mixers
+
     tokens = len(case.slots)
     hidden = draw("hidden", tokens + case.padding, HIDDEN)
     output = torch.zeros_like(hidden)
-    with _context(case), _kernels(case):
+    parts = mixers._list_parts if case.is_known else lambda prefix: iter(())
+    with _context(case), _kernels(case), mock.patch.object(mixers, "_list_parts", parts):
         mixer.forward_impl(hidden_states=hidden, output=output)
     return output[:tokens]
 

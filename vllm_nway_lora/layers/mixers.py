@@ -137,11 +137,14 @@ class _Corrected:
         """Call the mixer's function on a part of the batch, ``(tokens of the part, width)``.
 
         Raises:
-            MixerError: ``x`` is no part that is due, so that each token's adapter is unknown.
+            MixerError: ``x`` is no part that is due, so that each token's adapter is unknown, and an
+                adapter has LoRA on these layers.
         """
         rows = next(self._parts, None)
         if rows is None or rows.stop - rows.start != len(x):
-            raise MixerError(f"{self._mixer.prefix}: its batch is not known here. Report this")
+            if any(bool(b.any()) for layer in self._lora_layers for b in layer.lora_b_stacked):
+                raise MixerError(f"{self._mixer.prefix}: its batch is not known here. Report this")
+            rows = None  # no adapter has LoRA on these layers
         self._rows = rows
         try:
             return self._project(x)
