@@ -83,10 +83,22 @@ def test_towers_without_lora(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
     for [warning] in ranks.run(manager.said, logging.WARNING):
         assert "is served without visual.attn.proj: this server has no LoRA on that part" in warning
-    nowhere = pair("visual.other.proj", 32, 32)
-    folder = tiny.save(tmp_path / "b", language | nowhere)
+
+
+@pytest.mark.parametrize("tower", ["visual", "model.visual", "visual.merger"])
+def test_tower_with_other_modules_than_vllms_is_left_out(
+    ranks: Ranks, tmp_path: Path, tower: str
+) -> None:
+    language = tiny.tensors(0, [m for m in SHAPES if m.startswith("model.layers.")])
+    ranks.run(manager.start, multimodal=True)
+    ranks.run(manager.said, logging.WARNING)
+    folder = tiny.save(tmp_path / "a", language | pair(f"{tower}.layers.0.q_proj", 32, 32))
+    assert ranks.run(manager.add, "a", 1, folder) == [""] * ranks.size
+    for [warning] in ranks.run(manager.said, logging.WARNING):
+        assert f"is served without {tower}.layers.0.q_proj: this server has no LoRA on" in warning
+    folder = tiny.save(tmp_path / "b", language | pair("visua.layers.0.q_proj", 32, 32))
     for error in ranks.run(manager.add, "b", 2, folder):
-        assert "module visual.other.proj: this model has no such layer" in error
+        assert "module visua.layers.0.q_proj: this model has no such layer" in error
 
 
 def test_named_tower_without_lora_is_left_out_for_its_own_reason(

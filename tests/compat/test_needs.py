@@ -41,6 +41,7 @@ EXCEPTIONS = {
     "get_mm_mapping": "of a multimodal model; this package sets it where a class lacks it",
     "is_3d_moe_weight": "of a model's class, read with a default",
     "kwargs": "of `Call`",
+    "layers": "of the kinds of mixers",
     "load_weights": "every model class has it",
     "module": "of `Slice`",
     "moe_config": "of a layer of experts, whose class differs between releases",

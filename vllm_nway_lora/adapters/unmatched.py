@@ -10,6 +10,8 @@ from vllm_nway_lora.adapters.names import explain
 from vllm_nway_lora.adapters.origin import get_origin
 from vllm_nway_lora.adapters.served import read_target
 
+_NO_LORA = "this server has no LoRA on that part of the model"
+
 
 class Unmatched(NamedTuple):
     """Modules that no layer of this rank uses.
@@ -50,7 +52,9 @@ def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> 
             continue
         names = [module, *_fused_paths(manager.packed_modules_mapping, module)]
         path = next((name for name in names if name in layers), None)
-        if path is None:
+        if path is None and _is_in_tower_without_lora(manager, module):
+            found.left_out.setdefault(_NO_LORA, []).append(module)
+        elif path is None:
             advice = explain(get_origin(adapter).names.get(module, module), read_target(manager))
             found.faults.append(
                 f"module {module}: this model has no such layer{advice and f' ({advice})'}"
@@ -61,8 +65,7 @@ def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> 
             reason = "--lora-target-modules does not name them"
             found.left_out.setdefault(reason, []).append(module)
         elif manager.supports_mm and manager._get_punica_wrapper(path) is None:
-            reason = "this server has no LoRA on that part of the model"
-            found.left_out.setdefault(reason, []).append(module)
+            found.left_out.setdefault(_NO_LORA, []).append(module)
         else:
             modules = [path.rpartition(".")[2] for path in manager.packed_modules.get(path, ())]
             found.faults.append(
@@ -75,6 +78,23 @@ def sort_unmatched(manager: Any, adapter: Any, unmatched: Mapping[str, Any]) -> 
 def _is_zero(weights: Any) -> bool:
     """Return whether a module's product is zero, as that of a module that was never trained is."""
     return any(half is not None and not half.any() for half in (weights.lora_a, weights.lora_b))
+
+
+def _is_in_tower_without_lora(manager: Any, module: str) -> bool:
+    """Return whether a module belongs to a tower or connector on which this server has no LoRA.
+
+    transformers and vLLM can have other modules in one tower (Kimi-K2.5's MoonViT).
+    """
+    if not manager.supports_mm:
+        return False
+    mapping = manager.model.get_mm_mapping()
+    towers = [f"{path.rstrip('.')}." for path in (*mapping.tower_model, *mapping.connector)]
+    names = (module, module.removeprefix("model."))
+    return any(
+        name.startswith(tower) and manager._get_punica_wrapper(name) is None
+        for name in names
+        for tower in towers
+    )
 
 
 def _uses_other_layer(layers: Mapping[str, Any], module: str) -> bool:

@@ -130,7 +130,13 @@ NEEDS = (
     # LoRA on classes without its flags.
     *_of("vllm.model_executor.models.interfaces", "", "SupportsLoRA", "supports_multimodal"),
     *_of("vllm.model_executor.models.interfaces", "SupportsMultiModal", "get_language_model"),
-    *_of("vllm.model_executor.models.module_mapping", "MultiModelKeys", "from_string_field"),
+    *_of(
+        "vllm.model_executor.models.module_mapping",
+        "MultiModelKeys",
+        *("connector", "from_string_field", "tower_model"),
+    ),
+    *_of("vllm.forward_context", "", "get_forward_context"),
+    *_of("vllm.forward_context", "ForwardContext", "attn_metadata"),
     *_of("vllm.config", "VllmConfig", "cache_config"),
     *_of("vllm.config.cache", "CacheConfig", "kv_sharing_fast_prefill"),
     *_of("vllm.config.lora", "LoRAConfig", "enable_tower_connector_lora"),
