@@ -76,7 +76,7 @@ def prepare() -> None:
     if mode() != "cuda":
         from vllm.model_executor.layers import utils
 
-        utils.dispatch_cpu_unquantized_gemm = _use_torch_linear
+        utils.dispatch_cpu_unquantized_gemm = use_torch_linear
     if not is_native():
         from support import gpu_interpreter
 
@@ -91,7 +91,7 @@ def prepare() -> None:
             )
 
 
-def _use_torch_linear(layer: Any, remove_weight: bool) -> None:
+def use_torch_linear(layer: Any, remove_weight: bool) -> None:
     """Leave a weight as it is; vLLM's CPU platform would pack it for kernels of the CPU."""
     import torch
 

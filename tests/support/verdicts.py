@@ -152,6 +152,8 @@ def _multiply_by_weights(
 
 
 def _product(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    if not isinstance(layer.weight, torch.Tensor):  # `layers/direct.py`
+        return torch.mm(x, layer.weight.T)
     return torch.nn.functional.linear(x, layer.weight.flatten(1))  # a convolution's weight is 3D
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
+from vllm_nway_lora.layers.direct import serve_direct_products
 from vllm_nway_lora.layers.mixers import correct_mixers
 from vllm_nway_lora.layers.mla import correct_attention
 from vllm_nway_lora.layers.readers import Reader, find_readers
@@ -35,6 +36,7 @@ def create_lora_modules(wrapped: Callable[..., None], manager: Any, args: Any, k
     }
     refused: dict[tuple[str, str], list[str]] = {}
     correct_mixers(manager.model)
+    serve_direct_products(manager.model)
     obstacles = correct_attention(manager.model)
     for reader in (*find_readers(manager.model, [manager]), *_find_absorbed(manager.model)):
         name = names.get(id(reader.layer))

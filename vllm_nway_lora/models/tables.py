@@ -89,7 +89,6 @@ SAME_PRODUCT = frozenset(
 )
 
 _CONVOLUTION = "the convolution kernel reads its weight directly and bypasses every LoRA layer"
-_COMPRESSOR = "DeepSeek-V4's attention reads its weight directly and bypasses every LoRA layer"
 
 #: (class of the layer's parent, layer's name) -> module -> the reason why LoRA on it cannot be exact.
 #: The class is the end of its full name; empty for any class.
@@ -106,13 +105,6 @@ UNSUPPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {
     },
     # models/muse_spark/nvidia/model.py and amd/model.py, fold_router_output_multiplier.
     ("MuseSpark1xMoE", "router"): {"router": "its model folds a factor into the weight"},
-    # models/deepseek_v4/attention.py, models/deepseek_v41/attention.py: `torch.mm(...weight.T)`.
-    ("DeepseekCompressor", "fused_wkv_wgate"): {"wkv": _COMPRESSOR, "wgate": _COMPRESSOR},
-    # models/glm5next/common/attention.py, Indexer.forward: `_wp_fp32`, a copy of the weight.
-    ("glm5next.common.attention.Indexer", "wk_weights_proj"): {
-        "weights_proj": "GLM-5-Next's indexer multiplies by a float32 copy of its weight and bypasses "
-        "every LoRA layer"
-    },
 }
 
 

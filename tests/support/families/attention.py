@@ -9,6 +9,7 @@ from vllm.platforms.interface import DeviceCapability
 from support.families.family import (
     ALWAYS_EXACT,
     COMMON,
+    EXACT,
     HIDDEN,
     IGNORED,
     LAYER,
@@ -184,7 +185,6 @@ ATTENTION_FAMILIES = (
                         f"layers.0.attn.{compressor}.wgate": rows,
                     },
                     (IGNORED,) * 4,
-                    plugin=REFUSED,
                     called=False,  # `torch.mm` on its weight, in attention.py
                 )
                 for compressor, rows in (("compressor", 1024), ("indexer.compressor", 256))
@@ -331,7 +331,8 @@ ATTENTION_FAMILIES = (
                     f"model.layers.{layer}.attn.compressor.fused_wkv_wgate",
                     {f"layers.{layer}.attn.compressor.{module}": 512 for module in modules},
                     (IGNORED,) * 4,
-                    plugin=REFUSED,
+                    # Without a gate, the layer has one output, and the model's class lists two modules.
+                    plugin=EXACT if "wgate" in modules else REFUSED,
                     called=False,
                 )
                 for layer, modules in ((0, ("wkv", "wgate")), (1, ("wkv",)))

@@ -121,17 +121,12 @@ DELTA_FAMILIES = (
             ),
             Fused(
                 "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
-                {f"{_GLM}.1.self_attn.indexer.wk": 128},
+                {
+                    f"{_GLM}.1.self_attn.indexer.wk": 128,
+                    # The indexer multiplies by a float32 copy of these rows.
+                    f"{_GLM}.1.self_attn.indexer.weights_proj": 4,
+                },
                 (REFUSED,) * 4,
-                outputs=2,
-            ),
-            # The indexer uses a float32 copy of these rows, which bypasses the layer.
-            Fused(
-                "language_model.model.layers.1.self_attn.indexer.wk_weights_proj",
-                {f"{_GLM}.1.self_attn.indexer.weights_proj": 4},
-                (REFUSED,) * 4,
-                plugin=REFUSED,
-                outputs=2,
             ),
         ),
         stubs=("vllm.model_executor.layers.mla.MLAAttention",),

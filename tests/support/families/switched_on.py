@@ -77,6 +77,30 @@ _SIGLIP: Mapping[str, Any] = {**_TOWER, "model_type": "siglip_vision_model", "im
 _QWEN2: Mapping[str, Any] = {**COMMON, "model_type": "qwen2", "num_hidden_layers": 1}
 _KIMI_TEXT: Mapping[str, Any] = {**MLA, "model_type": "deepseek_v3"}
 
+_KIMI_LINEAR: Mapping[str, Any] = {
+    **COMMON,
+    "model_type": "kimi_linear",
+    "architectures": ["KimiLinearForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_act": "silu",
+    "num_experts": None,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "mla_use_nope": True,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 2,
+    "linear_attn_config": {
+        "kda_layers": [1],
+        "full_attn_layers": [2],
+        "head_dim": 16,
+        "num_heads": 8,
+        "short_conv_kernel_size": 4,
+    },
+}
+
 SWITCHED_ON_FAMILIES = (
     Family(
         "Gemma 3n",
@@ -138,29 +162,7 @@ SWITCHED_ON_FAMILIES = (
     ),
     Family(
         "Kimi-Linear",
-        {
-            **COMMON,
-            "model_type": "kimi_linear",
-            "architectures": ["KimiLinearForCausalLM"],
-            "num_hidden_layers": 2,
-            "hidden_act": "silu",
-            "num_experts": None,
-            "kv_lora_rank": 32,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "mla_use_nope": True,
-            "moe_layer_freq": 1,
-            "first_k_dense_replace": 2,
-            "linear_attn_config": {
-                "kda_layers": [1],
-                "full_attn_layers": [2],
-                "head_dim": 16,
-                "num_heads": 8,
-                "short_conv_kernel_size": 4,
-            },
-        },
+        _KIMI_LINEAR,
         (
             Fused(
                 f"{LAYER}.self_attn.in_proj_qkvgfab",
@@ -174,7 +176,14 @@ SWITCHED_ON_FAMILIES = (
             _gate_up(f"{LAYER}.mlp"),
         ),
         stubs=("torch.cuda.Stream", "torch.cuda.Event"),
-        since="0.33.0",  # its file imports a package for GPUs in 0.32.0, its layers differ before
+        since="0.33.0",  # its file imports a package for GPUs in 0.32.0
+    ),
+    Family(
+        "Kimi-Linear, each module a layer",
+        _KIMI_LINEAR,
+        (_gate_up(f"{LAYER}.mlp"),),
+        stubs=MLA_STUBS,
+        until="0.26.0",
     ),
     Family(
         "Ling 2.5, Ring 2.5",
