@@ -263,6 +263,9 @@ OF_OPTIONAL_OWNERS = (
         "Lfm2VLForConditionalGeneration",
         *("hf_to_vllm_mapper", "packed_modules_mapping"),
     ),
+    *_of(
+        "vllm.models.glm5next.common.attention", "Indexer", "head_dim", "n_head", "wk_weights_proj"
+    ),
 )
 
 #: As above, and as in ``RECENT``: 0.30.0 has the class without its kernel, and so without the flag.
