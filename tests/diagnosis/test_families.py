@@ -79,7 +79,12 @@ def test_plan_agrees_with_table(
             continue
         # A layer has one row, but can have several lines in the table, each with some of its modules.
         lines = [line for line in family.fused if line.layer == fused.layer]
-        assert row.plugin.outcome is Outcome.worst(line.plugin for line in lines)
+        found = row.plugin.outcome
+        if (
+            set(row.modules) != names and len(rows) > 1
+        ):  # DeepSeek-V4.1's compressors without a gate
+            found = Outcome.worst(other.plugin.outcome for other in rows)
+        assert found is Outcome.worst(line.plugin for line in lines)
         if Version(vllm.__version__) >= STOCK_SINCE:
             mode = (size > 1) + 2 * fully_sharded
             assert row.stock.outcome is fused.stock[mode], row.stock.reason
@@ -169,3 +174,17 @@ def test_check_knows_a_weight_that_is_read_past_its_layer(tmp_path: Path) -> Non
     assert "uses the layer's weight past its LoRA" in report.plugin.reason
     assert "--fully-sharded-loras" in report.plugin.reason
     assert report.stock.outcome in (Outcome.WRONG, Outcome.IGNORED)
+
+
+def test_check_knows_a_layer_that_gets_a_part_of_a_batch(tmp_path: Path) -> None:
+    [family] = [family for family in FAMILIES if family.name == "Mamba, Falcon-Mamba"]
+    if not is_in_installed_vllm(family):
+        pytest.skip("this vLLM has no such class")
+    save_config(tmp_path, family.config)
+    import_classes(family.config)
+    pair = torch.zeros(8, 128), torch.zeros(8 + 2 * 16, 8)
+    save_adapter(tmp_path, {"backbone.layers.0.mixer.x_proj": pair})
+    report = check_adapter(str(tmp_path), str(tmp_path))
+    assert report.plugin.outcome is Outcome.EXACT, report.plugin.reason
+    [row] = report.rows
+    assert row.stock.outcome is not Outcome.EXACT

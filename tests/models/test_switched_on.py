@@ -17,6 +17,7 @@ from support.verdicts import is_in_installed_vllm, save_adapter, stub_dependenci
 from vllm.config import ModelConfig
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models import registry as model_registry
 from vllm.model_executor.models.interfaces import supports_lora
 
 import vllm_nway_lora
@@ -126,6 +127,30 @@ def test_configuration_is_accepted_for_vllms_own_listed_classes(entry: Any, expe
         assert Config().is_lora_supported is stock
 
 
+def test_what_vllm_keeps_of_the_class_does_not_depend_on_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On, off and on again: vLLM's file about the class is one that it also writes without the plugin."""
+    entry = model_registry._LazyRegisteredModel(
+        module_name="vllm.model_executor.models.gpt2", class_name="GPT2LMHeadModel"
+    )
+    files = []
+    for number, plugin in enumerate((True, False)):
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / str(number)))
+        monkeypatch.setenv("VLLM_NWAY_LORA", str(int(plugin)))
+        (vllm_nway_lora.register if plugin else vllm_nway_lora.unregister)()
+        assert not getattr(
+            entry.inspect_model_cls(), "supports_lora", False
+        )  # read in another process
+        [file] = (tmp_path / str(number)).rglob("*.json")
+        files.append(file.read_bytes())
+    assert files[0] == files[1]
+    vllm_nway_lora.register()
+    with monkeypatch.context() as without_processes:
+        without_processes.setattr(model_registry, "_run_in_subprocess", None)
+        assert not getattr(entry.inspect_model_cls(), "supports_lora", False)  # from the file
+
+
 @pytest.mark.skipif(not hasattr(ModelConfig, "is_lora_supported"), reason="new in vLLM 0.33.0")
 def test_configuration_is_read_without_model_code(registry: None) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -138,28 +163,46 @@ def test_configuration_is_read_without_model_code(registry: None) -> None:
     assert not config.is_lora_supported
 
 
-@pytest.mark.parametrize("name", ["Kimi K2.5", "Kimi-VL"])
+MULTIMODAL = (
+    *("Kimi K2.5", "Kimi-VL", "Gemma 3n, multimodal", "LLaVA-OneVision", "PaddleOCR-VL"),
+    *("Qwen2-Audio", "Command A Vision"),
+)
+
+
+def read_shape(module: Any) -> tuple[int, int] | None:
+    """Return the rows and columns of a linear layer's weight, which vLLM may have packed; else None."""
+    for rows, columns in (("output_size", "input_size"), ("out_features", "in_features")):
+        if hasattr(module, rows):
+            return getattr(module, rows), getattr(module, columns)
+    return None
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
 def test_towers_take_no_lora(name: str, tmp_path: Path) -> None:
     rank = build(find(name))
     model: Any = rank.model
     parts = model.get_mm_mapping()
     assert parts.language_model == ["language_model"]
-    towers = {name for name, _ in model.named_children()} - {"language_model"}
-    assert set(parts.tower_model) == towers
-    assert len(towers) > 1
+    others = {name for name, _ in model.named_children()} - {"language_model"}
+    if not hasattr(
+        type(model), "get_mm_mapping"
+    ):  # Gemma 3n has one that leaves its audio tower out
+        assert set(parts.tower_model) == others
     wrapped = [path for path, m in model.named_modules() if isinstance(m, BaseLayerWithLoRA)]
     assert wrapped
     assert all(path.startswith("language_model.") for path in wrapped)
-    layer = next(
-        (path, module)
+    layers = {
+        path.partition(".")[0]: (path, shape)
         for path, module in model.named_modules()
-        if path.startswith(tuple(towers)) and getattr(module, "output_size", None)
-    )
-    path, tower = layer
-    pair = torch.ones(8, tower.input_size), torch.ones(tower.output_size, 8)
-    save_adapter(tmp_path, {path: pair})
-    with pytest.raises(ValueError, match="is refused on vLLM"):
-        rank.add_adapter("tower", 1, tmp_path)
+        if path.startswith(tuple(others)) and (shape := read_shape(module))
+    }
+    assert layers
+    for number, (path, (rows, columns)) in enumerate(layers.values(), 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_adapter(folder, {path: (torch.ones(8, columns), torch.ones(rows, 8))})
+        with pytest.raises(ValueError, match="is refused on vLLM"):
+            rank.add_adapter("tower", number, folder)
 
 
 def test_lora_on_towers_is_left_refused() -> None:

@@ -188,8 +188,8 @@ class _Check:
             row.stock.worsen(*judge_stock_layer(layer, plan, weights_of, faults))
             if row.unservable:
                 row.stock.worsen(Outcome.WRONG, row.unservable)
-            if id(getattr(layer, "base_layer", None)) in bypassed:
-                row.stock.worsen(Outcome.IGNORED, "the model uses the layer past its LoRA")
+            if past := bypassed.get(id(getattr(layer, "base_layer", None))):
+                row.stock.worsen(*past)
         for name, weights in adapter.loras.items():
             if id(weights) not in used and not _is_in(name, self._left_out):
                 self._verdicts[False].worsen(

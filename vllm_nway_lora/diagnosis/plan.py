@@ -89,8 +89,8 @@ def _judge_stock(rank: offline.Rank, rows: Mapping[str, Row]) -> None:
     bypassed = find_bypassed(rank)
     for name, row in rows.items():
         layer = manager.modules.get(name)
-        if id(getattr(layer, "base_layer", None)) in bypassed:
-            row.stock.worsen(Outcome.IGNORED, "the model uses the layer past its LoRA")
+        if past := bypassed.get(id(getattr(layer, "base_layer", None))):
+            row.stock.worsen(*past)
         own_name = name.rpartition(".")[2]
         packed = list(manager.packed_modules_mapping.get(own_name) or [own_name])
         plan = row.plan[rank.group.rank] if row.plan else None

@@ -16,6 +16,8 @@ from vllm_nway_lora.diagnosis import offline
 from vllm_nway_lora.diagnosis.offline import format_error
 from vllm_nway_lora.diagnosis.options import ServerOptions, UsageError
 from vllm_nway_lora.diagnosis.report import Outcome, Verdict
+from vllm_nway_lora.layers.direct import find_read_compressors
+from vllm_nway_lora.layers.mixers import list_part_layers
 from vllm_nway_lora.layers.readers import find_readers
 from vllm_nway_lora.rows.errors import PlanError
 from vllm_nway_lora.rows.notes import get_notes
@@ -140,9 +142,21 @@ def judge_stock_experts(
     return (Outcome.WRONG, faults[0]) if faults else (Outcome.EXACT, "")
 
 
-def find_bypassed(rank: offline.Rank) -> set[int]:
-    """Return the ids of the base layers whose weights the model uses past their LoRA layers."""
-    return {id(reader.layer) for reader in find_readers(rank.model, [rank.lora_manager])}
+def find_bypassed(rank: offline.Rank) -> dict[int, tuple[Outcome, str]]:
+    """Return what stock vLLM makes of LoRA layers that its model does not just call.
+
+    Returns:
+        The identity of each such base layer -> the outcome and its reason.
+    """
+    layers = [reader.layer for reader in find_readers(rank.model, [rank.lora_manager])]
+    layers += [layer.base_layer for layer in find_read_compressors(rank.model)]
+    past = Outcome.IGNORED, "the model uses the layer past its LoRA"
+    part = (
+        Outcome.WRONG,
+        "the model calls the layer with a part of a batch, and LoRA takes the tokens of others",
+    )
+    found = {id(layer.base_layer): part for layer in list_part_layers(rank.model)}
+    return found | dict.fromkeys(map(id, layers), past)
 
 
 def is_by_table(layer: Any) -> bool:

@@ -131,15 +131,31 @@ def _has_lora(parent: Any, name: str) -> bool:
     return isinstance(getattr(parent, name, None), BaseLinearLayerWithLoRA)
 
 
+def find_read_compressors(model: nn.Module) -> list[Any]:
+    """Return the LoRA layers on compressors in ``model`` whose weight it multiplies itself."""
+    if not any(_list_readers(model)):  # on CPU it calls them
+        return []
+    return [
+        parent.fused_wkv_wgate
+        for parent in model.modules()
+        if "DeepseekCompressor" in {owner.__name__ for owner in type(parent).__mro__}
+        and _has_lora(parent, "fused_wkv_wgate")
+    ]
+
+
 def _find_other_reader(model: nn.Module) -> str:
     """Return a function that uses compressors in a way that is not known; empty if there is none."""
+    others = [function for function, names in _list_readers(model) if not names <= _PRODUCT]
+    return others[0] if others else ""
+
+
+def _list_readers(model: nn.Module) -> Iterator[tuple[str, set[str]]]:
+    """Yield each function that reads the weight of compressors, and the names in its code."""
     for kind in {type(module) for module in model.modules()}:
         for function, codes in _list_functions(kind):
             for code in codes:
-                names = {*code.co_names}
-                if {"fused_wkv_wgate", "weight"} <= names and not names <= _PRODUCT:
-                    return function
-    return ""
+                if {"fused_wkv_wgate", "weight"} <= {*code.co_names}:
+                    yield function, {*code.co_names}
 
 
 def _find_change(indexer: Any) -> str:

@@ -63,20 +63,27 @@ def correct_mixers(model: nn.Module) -> None:
     Args:
         model: the model, its LoRA layers in place.
     """
+    for mixer, kind, lora_layers in _list_mixers(model):
+        if obstacle := _find_obstacle(type(mixer), kind):
+            _refuse(lora_layers, obstacle)
+        elif lora_layers:
+            _Corrected(mixer, kind, lora_layers).install()
+
+
+def list_part_layers(model: nn.Module) -> list[Any]:
+    """Return the LoRA layers to which the mixers in ``model`` pass a part of a batch."""
+    return [layer for _, _, lora_layers in _list_mixers(model) for layer in lora_layers]
+
+
+def _list_mixers(model: nn.Module) -> Iterator[tuple[Any, _Kind, list[Any]]]:
+    """Yield each mixer of a known kind, the kind, and its LoRA layers that get a part of a batch."""
     for mixer in model.modules():
         owners = {owner.__name__ for owner in type(mixer).__mro__}
         for kind in _KINDS:
-            if kind.name not in owners:
-                continue
-            lora_layers = [
-                layer
-                for name in kind.layers
-                if isinstance(layer := getattr(mixer, name, None), BaseLinearLayerWithLoRA)
-            ]
-            if obstacle := _find_obstacle(type(mixer), kind):
-                _refuse(lora_layers, obstacle)
-            elif lora_layers:
-                _Corrected(mixer, kind, lora_layers).install()
+            if kind.name in owners:
+                found = [getattr(mixer, name, None) for name in kind.layers]
+                layers = [layer for layer in found if isinstance(layer, BaseLinearLayerWithLoRA)]
+                yield mixer, kind, layers
 
 
 def _find_obstacle(owner: type, kind: _Kind) -> str:
