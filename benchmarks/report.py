@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "ci"))
+sys.path[:0] = [str(HERE), str(HERE.parent / "ci")]
 
 import tables
+from plots import bars
 
 RESULTS = HERE / "results"
 VARIANTS = ("stock", "slices", "plugin")
-COLOURS = {"stock": "#b0413e", "slices": "#d9a441", "plugin": "#2f6f9f"}
 
 
 def main() -> int:
@@ -48,9 +48,8 @@ def load(name: str) -> dict[str, Any]:
 def machines() -> str:
     """Return the table of machines and versions, one line per result."""
     keys = ("date", "cpu", "cores", "threads", "clock", "load_before", "vllm", "torch")
-    found = (
-        (name, load(name)["machine"]) for name in ("layers", "startup", "engine", "costs", "gpu")
-    )
+    names = ("layers", "startup", "engine", "transformers_peft", "costs", "gpu")
+    found = ((name, load(name)["machine"]) for name in names)
     rows = ((name, *(str(m.get(key) or "") for key in keys)) for name, m in found if m)
     return _table(("result", *keys), rows)
 
@@ -158,6 +157,18 @@ def engine() -> str:
     return _table(headings, rows)
 
 
+def transformers_peft() -> str:
+    """Return the table of transformers with PEFT: milliseconds per step, and the base's time / LoRA's."""
+    rows = []
+    for row in load("transformers_peft")["rows"]:
+        times = (f"{row['ms'][name]:.1f}" for name in ("base", "PEFT"))
+        ratio = f"{row['of_base']['PEFT']:.2f}"
+        rows.append((row["load"], str(row["adapters"]), *times, ratio))
+    headings = ("load", "adapters", "transformers, ms/step", "with PEFT, ms/step",
+                "speed of PEFT / transformers")  # fmt: skip
+    return _table(headings, rows)
+
+
 def costs() -> str:
     """Return the table of what requests and adapters cost the engine core, stock → plugin."""
     rows = []
@@ -201,42 +212,22 @@ def draw_layers() -> str:
         }
         for row in chosen
     }
-    return bars(
-        "Time of LoRA part / base product: Qwen3.5-9B in_proj_qkvz, r = 16, one adapter", groups
-    )
+    title = "Time of LoRA part / base product: Qwen3.5-9B in_proj_qkvz, r = 16, one adapter"
+    return bars(title, "base product", groups)
 
 
 def draw_engine() -> str:
     """Return a plot of the engine's speed with LoRA / its speed without, by load and adapters."""
+    peers = {
+        (row["load"], row["adapters"]): row["of_base"] for row in load("transformers_peft")["rows"]
+    }
     groups = {
-        f"{row['load']}, {row['adapters']} adapter{'s' * (row['adapters'] > 1)}": row["of_base"]
+        f"{row['load']}: {row['adapters']} adapter{'s' * (row['adapters'] > 1)}": row["of_base"]
+        | peers.get((row["load"], row["adapters"]), {})
         for row in load("engine")["rows"]
     }
-    return bars("Speed with LoRA on every projection / speed without LoRA, on CPU", groups)
-
-
-def bars(title: str, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Return an SVG plot of horizontal bars in groups, each bar with its value."""
-    # A letter of the labels is at most seven pixels wide on average.
-    left, width, height = 30 + 7 * max(map(len, groups), default=0), 360, 18
-    longest = max((value for group in groups.values() for value in group.values()), default=1)
-    parts, y = [f'<text x="10" y="22" font-weight="bold">{title}</text>'], 44
-    for label, group in groups.items():
-        parts.append(f'<text x="10" y="{y + 13}">{label}</text>')
-        for name, value in group.items():
-            length = max(1, round(width * value / longest))
-            colour = COLOURS[name]
-            parts.append(f'<rect x="{left}" y="{y}" width="{length}" height="14" fill="{colour}"/>')
-            parts.append(f'<text x="{left + length + 6}" y="{y + 12}">{name} {value:.2f}</text>')
-            y += height
-        y += 10
-    body = "\n".join(parts)
-    whole = max(left + width + 110, 20 + 8 * len(title))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{whole}" height="{y + 6}" '
-        'font-family="sans-serif" font-size="13">\n<rect width="100%" height="100%" fill="white"/>\n'
-        f"{body}\n</svg>\n"
-    )
+    title = "Speed with LoRA on every projection / speed of the same software without LoRA, on CPU"
+    return bars(title, "without LoRA", groups)
 
 
 def gpu() -> str:
@@ -284,6 +275,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "loads": loads,
     "startup": startup,
     "engine": engine,
+    "transformers_peft": transformers_peft,
     "costs": costs,
     "gpu": gpu,
     "launches": launches,

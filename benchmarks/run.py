@@ -1,6 +1,6 @@
 """Run the benchmarks in the default release's environment: ``python3 benchmarks/run.py WHAT``.
 
-WHAT is ``layers``, ``startup``, ``engine``, ``costs``, ``gpu``, ``launches`` or ``report``. Further arguments are
+WHAT is ``layers``, ``startup``, ``engine``, ``transformers_peft``, ``costs``, ``gpu``, ``launches`` or ``report``. Further arguments are
 passed to that script (``--help`` lists them). ``report`` writes the tables of ``benchmarks/README.md`` and the plots from the
 saved results.
 """
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "ci"))
 
 import environment
 
-SCRIPTS = ("layers", "startup", "engine", "costs", "gpu", "launches", "report")
+SCRIPTS = ("layers", "startup", "engine", "transformers_peft", "costs", "gpu", "launches", "report")
 
 
 def main() -> int:

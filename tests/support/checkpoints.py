@@ -37,8 +37,6 @@ _GDN: dict[str, Any] = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
-
-
 # As in the published checkpoints. The CPU kernel of vLLM 0.28.0 takes no state of bfloat16.
 _FLOAT32_STATE = {"mamba_ssm_dtype": "float32"}
 
@@ -59,8 +57,6 @@ _MIXTURE: dict[str, Any] = {
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
-    # As in the published checkpoints; the CPU kernel of vLLM 0.28.0 takes no other type.
-    "mamba_ssm_dtype": "float32",
 }
 
 
