@@ -121,7 +121,8 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
     for name, value in values.items():
         module, lora, half = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
         if lora and not module.startswith(("mtp.", "model.layers.2", "audio.")):
-            halves.setdefault(module, {})[half[-1]] = value.float()
+            letter = half.removeprefix("embedding_")[0]  # "A", "A.default" or "embedding_A"
+            halves.setdefault(module, {})[letter] = value.float()
     deltas = {}
     for module, pair in halves.items():
         rank, alpha = (
