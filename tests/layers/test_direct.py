@@ -15,6 +15,7 @@ from torch import nn
 from vllm.model_executor.layers import utils
 
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.layers import direct as module
 from vllm_nway_lora.layers.direct import DirectError, DirectWeight, serve_direct_products
 from vllm_nway_lora.layers.punica import group_by_adapter
 from vllm_nway_lora.layers.readers import find_refusals
@@ -90,6 +91,20 @@ def test_other_reader_is_refused() -> None:
         "wgate": True,
     }
     assert torch.equal(attention(x), nn.functional.linear(x, layer.base_layer.weight))
+
+
+def test_model_is_read_once_for_all_compressors() -> None:
+    layers = [build_layer(COMPRESSOR)[0] for _ in range(3)]
+    model = nn.Module()
+    for number, layer in enumerate(layers):
+        compressor: Any = DeepseekCompressor()
+        compressor.fused_wkv_wgate = layer
+        model.add_module(str(number), compressor)
+    with mock.patch.object(module, "_list_readers", wraps=module._list_readers) as read:
+        serve_direct_products(model)
+    assert read.call_count == 1
+    [served] = {type(layer) for layer in layers}
+    assert all(isinstance(layer.weight, DirectWeight) for layer in layers), served
 
 
 def test_changed_indexer_is_refused() -> None:
