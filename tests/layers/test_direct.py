@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from support import direct, gpu, gpu_layers
+from support.cpu import disable_pinned_memory
 from support.direct import COMPRESSOR, INDEXER, SLOTS
 from support.layers import Fusion, map_tokens, set_adapter
 from support.mla import make_punica_wrapper
@@ -26,6 +27,7 @@ SERVED = pytest.mark.parametrize("served", [False, True], ids=["as-it-was", "ser
 def build_layer(fusion: Fusion) -> tuple[Any, torch.Tensor]:
     """Return a LoRA layer whose tokens are mapped, in bfloat16, and its input."""
     offline.initialize()
+    disable_pinned_memory()
     gpu_layers.set_plugin(True)
     case = direct.make_case(fusion)
     packing = mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", gpu.use_torch_linear)
