@@ -119,7 +119,8 @@ def serve_direct_products(model: nn.Module) -> None:
                     layer, _COMPRESSORS, f"DeepSeek-V4's attention reads its weight: {obstacle}"
                 )
             else:
-                layer.__class__ = _with_direct_weight(type(layer))
+                served: Any = type(layer)
+                layer.__class__ = _with_direct_weight(served)
         elif hasattr(parent, _COPY) and _has_lora(parent, "wk_weights_proj"):
             layer = parent.wk_weights_proj
             if obstacle := _find_change(parent) or _find_obstacle(layer):
