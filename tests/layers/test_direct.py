@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from support import direct, gpu, gpu_layers
+from support.cpu import disable_pinned_memory
 from support.direct import COMPRESSOR, INDEXER, SLOTS
 from support.layers import Fusion, map_tokens, set_adapter
 from support.mla import make_punica_wrapper
@@ -15,6 +16,7 @@ from torch import nn
 from vllm.model_executor.layers import utils
 
 from vllm_nway_lora.diagnosis import offline
+from vllm_nway_lora.layers import direct as module
 from vllm_nway_lora.layers.direct import DirectError, DirectWeight, serve_direct_products
 from vllm_nway_lora.layers.punica import group_by_adapter
 from vllm_nway_lora.layers.readers import find_refusals
@@ -25,6 +27,7 @@ SERVED = pytest.mark.parametrize("served", [False, True], ids=["as-it-was", "ser
 def build_layer(fusion: Fusion) -> tuple[Any, torch.Tensor]:
     """Return a LoRA layer whose tokens are mapped, in bfloat16, and its input."""
     offline.initialize()
+    disable_pinned_memory()
     gpu_layers.set_plugin(True)
     case = direct.make_case(fusion)
     packing = mock.patch.object(utils, "dispatch_cpu_unquantized_gemm", gpu.use_torch_linear)
@@ -90,6 +93,20 @@ def test_other_reader_is_refused() -> None:
         "wgate": True,
     }
     assert torch.equal(attention(x), nn.functional.linear(x, layer.base_layer.weight))
+
+
+def test_model_is_read_once_for_all_compressors() -> None:
+    layers = [build_layer(COMPRESSOR)[0] for _ in range(3)]
+    model = nn.Module()
+    for number, layer in enumerate(layers):
+        compressor: Any = DeepseekCompressor()
+        compressor.fused_wkv_wgate = layer
+        model.add_module(str(number), compressor)
+    with mock.patch.object(module, "_list_readers", wraps=module._list_readers) as read:
+        serve_direct_products(model)
+    assert read.call_count == 1
+    [served] = {type(layer) for layer in layers}
+    assert all(isinstance(layer.weight, DirectWeight) for layer in layers), served
 
 
 def test_changed_indexer_is_refused() -> None:

@@ -64,10 +64,11 @@ def build(owner: str, **fields: Any) -> Any:
 def is_there(package: str, function: str) -> bool:
     """Return whether this release of vLLM has a function of :data:`FUNCTIONS`."""
     try:
-        attention = importlib.import_module(f"{package}.attention").DeepseekV4Attention
+        module = importlib.import_module(f"{package}.attention")
     except ImportError:
         return False
-    return hasattr(attention, function)
+    # The class has another name in 0.22, which has no LoRA on it.
+    return hasattr(getattr(module, "DeepseekV4Attention", None), function)
 
 
 def call_attention(

@@ -10,6 +10,7 @@ A reader is known by the names in its code. Any other one is refused.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import CodeType
@@ -106,18 +107,20 @@ def serve_direct_products(model: nn.Module) -> None:
     Args:
         model: the model, its LoRA layers in place.
     """
+    # A large model has a hundred compressors, of one class, and its code is long.
+    find_other_reader = functools.cache(lambda: _find_other_reader(model))
     for parent in model.modules():
         kind = type(parent)
         names = {owner.__name__ for owner in kind.__mro__}
         if "DeepseekCompressor" in names and _has_lora(parent, "fused_wkv_wgate"):
             layer: Any = parent.fused_wkv_wgate
-            if obstacle := _find_other_reader(model) or _find_obstacle(layer):
+            if obstacle := find_other_reader() or _find_obstacle(layer):
                 _refuse(
                     layer, _COMPRESSORS, f"DeepSeek-V4's attention reads its weight: {obstacle}"
                 )
             else:
-                served = type(layer)
-                layer.__class__ = type(served.__name__, (_WithDirectWeight, served), {})
+                served: Any = type(layer)
+                layer.__class__ = _with_direct_weight(served)
         elif hasattr(parent, _COPY) and _has_lora(parent, "wk_weights_proj"):
             layer = parent.wk_weights_proj
             if obstacle := _find_change(parent) or _find_obstacle(layer):
@@ -125,6 +128,12 @@ def serve_direct_products(model: nn.Module) -> None:
             else:
                 rows = slice(parent.head_dim, None)
                 setattr(parent, _COPY, DirectWeight(layer, 1, rows, copied=True))
+
+
+@functools.cache
+def _with_direct_weight(served: type) -> type:
+    """Return a subclass of a class of LoRA layers whose weight the model multiplies itself."""
+    return type(served.__name__, (_WithDirectWeight, served), {})
 
 
 def _has_lora(parent: Any, name: str) -> bool:
