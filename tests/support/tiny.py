@@ -125,6 +125,8 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
             halves.setdefault(module, {})[letter] = value.float()
     deltas = {}
     for module, pair in halves.items():
+        if module not in SHAPES and not all(half.any() for half in pair.values()):
+            continue  # of no layer, and it adds nothing, whatever its shapes are
         rank, alpha = (
             next(
                 (

@@ -142,7 +142,7 @@ def _has_lora(parent: Any, name: str) -> bool:
 
 def find_read_compressors(model: nn.Module) -> list[Any]:
     """Return the LoRA layers on compressors in ``model`` whose weight it multiplies itself."""
-    if not any(_list_readers(model)):  # on CPU it calls them
+    if not any(_list_readers(model)):
         return []
     return [
         parent.fused_wkv_wgate
