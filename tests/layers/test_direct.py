@@ -118,6 +118,14 @@ def test_changed_indexer_is_refused() -> None:
     assert list(find_refusals(layer)) == ["weights_proj"]
 
 
+def test_indexer_with_other_attributes_is_refused() -> None:
+    layer, _ = build_layer(INDEXER)
+    indexer: Any = nn.Module()
+    indexer.wk_weights_proj, indexer._wp_fp32 = layer, None
+    serve_direct_products(indexer)
+    assert "has no attribute 'head_dim'" in find_refusals(layer)["weights_proj"]
+
+
 def test_another_use_of_the_weight_raises() -> None:
     layer, x = build_layer(COMPRESSOR)
     weight = DirectWeight(layer, 0, slice(None), copied=False)

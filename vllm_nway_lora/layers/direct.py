@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
 
@@ -114,7 +114,7 @@ def serve_direct_products(model: nn.Module) -> None:
         names = {owner.__name__ for owner in kind.__mro__}
         if "DeepseekCompressor" in names and _has_lora(parent, "fused_wkv_wgate"):
             layer: Any = parent.fused_wkv_wgate
-            if obstacle := find_other_reader() or _find_obstacle(layer):
+            if obstacle := _find_first(find_other_reader, functools.partial(_find_obstacle, layer)):
                 _refuse(
                     layer, _COMPRESSORS, f"DeepSeek-V4's attention reads its weight: {obstacle}"
                 )
@@ -123,7 +123,9 @@ def serve_direct_products(model: nn.Module) -> None:
                 layer.__class__ = _with_direct_weight(served)
         elif hasattr(parent, _COPY) and _has_lora(parent, "wk_weights_proj"):
             layer = parent.wk_weights_proj
-            if obstacle := _find_change(parent) or _find_obstacle(layer):
+            if obstacle := _find_first(
+                functools.partial(_find_change, parent), functools.partial(_find_obstacle, layer)
+            ):
                 _refuse(layer, ("weights_proj",), f"its indexer multiplies by a copy: {obstacle}")
             else:
                 rows = slice(parent.head_dim, None)
@@ -138,6 +140,14 @@ def _with_direct_weight(served: type) -> type:
 
 def _has_lora(parent: Any, name: str) -> bool:
     return isinstance(getattr(parent, name, None), BaseLinearLayerWithLoRA)
+
+
+def _find_first(*checks: Callable[[], str]) -> str:
+    """Return the first obstacle that a check finds, or the error of a check; empty if there is none."""
+    try:
+        return next(filter(None, (check() for check in checks)), "")
+    except Exception as error:  # another release has other attributes
+        return str(error)
 
 
 def find_read_compressors(model: nn.Module) -> list[Any]:
