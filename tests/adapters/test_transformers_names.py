@@ -21,6 +21,8 @@ RENAMED = {
         r"\.attn\.": ".self_attn.",
         r"\.wq_a$": ".q_a_proj",
         r"\.wkv$": ".kv_proj",
+        r"\.wgate$": ".gate_proj",
+        r"\.indexer\.compressor\.": ".compressor.indexer.",
     },
     "GLM-5-Next": {r"self_attn\.f_a_proj": "self_attn.forget_gate.f_a_proj"},
     "Inkling, multimodal": {
