@@ -138,13 +138,18 @@ def serve(pipe: Connection, name: str, checkpoint: Path, adapters: list[Path]) -
         pipe.send((time.process_time() - started) / max(steps, 1))
 
 
-def main() -> int:
-    """Measure and save ``engine.json``; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Return the options of a benchmark that takes this module's loads."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--adapters", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure and save ``engine.json``; return 0."""
+    arguments = parse_arguments(__doc__)
     machine = describe() | {"threads": 1, "clock": "processor"}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         checkpoint, adapters = save(Path(folder))

@@ -5,7 +5,6 @@ The two sides, without LoRA and with it, take turns in one process of one thread
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import torch
-from engine import LOADS, MAX_LORAS, SIZES, Load, save
+from engine import LOADS, MAX_LORAS, SIZES, Load, parse_arguments, save
 from machine import describe, write
 
 Forward = Callable[..., Any]
@@ -70,11 +69,7 @@ def main() -> int:
     import peft
     import transformers
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--adapters", type=int, nargs="*", default=[1, 4, 16])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    arguments = parser.parse_args()
+    arguments = parse_arguments(__doc__)
     torch.set_num_threads(1)
     versions = {"peft": peft.__version__, "transformers": transformers.__version__}
     machine = describe() | versions | {"threads": 1, "clock": "processor"}

@@ -3,7 +3,7 @@
 Run it in an environment with vLLM, PEFT, this package and a GPU. Tiny models of six architectures are
 served eagerly, with CUDA graphs and with torch.compile, each in a process of its own. The result is
 ``ci/results/gpu-RELEASE.json``, and ``docs/releases.md`` shows it. vLLM's compiled extensions are not
-needed: ``tests/support/gpu_standins.py`` replaces those that are missing, but for ``deepseek_v3``, whose
+needed: ``tests/support/gpu_standins.py`` replaces those that are missing. ``deepseek_v3`` needs them: its
 attention has no other kernels.
 """
 

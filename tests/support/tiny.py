@@ -126,7 +126,7 @@ def read_deltas(folder: Path) -> dict[str, torch.Tensor]:
     deltas = {}
     for module, pair in halves.items():
         if module not in SHAPES and not all(half.any() for half in pair.values()):
-            continue  # of no layer, and it adds nothing, whatever its shapes are
+            continue  # The model has no such layer, and the product is zero.
         rank, alpha = (
             next(
                 (

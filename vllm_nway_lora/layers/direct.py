@@ -21,7 +21,7 @@ from torch import nn
 from vllm import platforms
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-from vllm_nway_lora.rows.notes import get_notes, set_notes
+from vllm_nway_lora.rows.notes import add_refusals
 
 _COMPRESSORS = ("wkv", "wgate")
 #: All that a reader of a compressor's weight names: `torch.mm(hidden_states, ...weight.T, out_dtype=...)`.
@@ -110,9 +110,7 @@ def serve_direct_products(model: nn.Module) -> None:
     # A large model has a hundred compressors, of one class, and its code is long.
     find_other_reader = functools.cache(lambda: _find_other_reader(model))
     for parent in model.modules():
-        kind = type(parent)
-        names = {owner.__name__ for owner in kind.__mro__}
-        if "DeepseekCompressor" in names and _has_lora(parent, "fused_wkv_wgate"):
+        if _is_compressor(parent):
             layer: Any = parent.fused_wkv_wgate
             if obstacle := _find_first(find_other_reader, functools.partial(_find_obstacle, layer)):
                 _refuse(
@@ -138,6 +136,12 @@ def _with_direct_weight(served: type) -> type:
     return type(served.__name__, (_WithDirectWeight, served), {})
 
 
+def _is_compressor(parent: Any) -> bool:
+    """Return whether a module is a compressor with a LoRA layer."""
+    names = {owner.__name__ for owner in type(parent).__mro__}
+    return "DeepseekCompressor" in names and _has_lora(parent, "fused_wkv_wgate")
+
+
 def _has_lora(parent: Any, name: str) -> bool:
     return isinstance(getattr(parent, name, None), BaseLinearLayerWithLoRA)
 
@@ -154,12 +158,7 @@ def find_read_compressors(model: nn.Module) -> list[Any]:
     """Return the LoRA layers on compressors in ``model`` whose weight it multiplies itself."""
     if not any(_list_readers(model)):
         return []
-    return [
-        parent.fused_wkv_wgate
-        for parent in model.modules()
-        if "DeepseekCompressor" in {owner.__name__ for owner in type(parent).__mro__}
-        and _has_lora(parent, "fused_wkv_wgate")
-    ]
+    return [parent.fused_wkv_wgate for parent in model.modules() if _is_compressor(parent)]
 
 
 def _find_other_reader(model: nn.Module) -> str:
@@ -217,5 +216,4 @@ def _find_obstacle(layer: Any) -> str:
 
 
 def _refuse(layer: Any, modules: Sequence[str], reason: str) -> None:
-    notes = get_notes(layer.base_layer)
-    set_notes(layer.base_layer, refusals={**dict.fromkeys(modules, reason), **notes.refusals})
+    add_refusals(layer.base_layer, dict.fromkeys(modules, reason))

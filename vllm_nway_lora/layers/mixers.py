@@ -23,7 +23,7 @@ from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
 from vllm_nway_lora.layers.mla import list_users
-from vllm_nway_lora.rows.notes import get_notes, set_notes
+from vllm_nway_lora.rows.notes import add_refusals
 
 
 class MixerError(RuntimeError):
@@ -63,8 +63,11 @@ def correct_mixers(model: nn.Module) -> None:
     Args:
         model: the model, its LoRA layers in place.
     """
+    # A model has many mixers of one class, and reading its code takes milliseconds.
+    find_obstacle = functools.cache(_find_obstacle)
     for mixer, kind, lora_layers in _list_mixers(model):
-        if obstacle := _find_obstacle(type(mixer), kind):
+        owner: Any = type(mixer)  # mypy does not take a class for hashable
+        if obstacle := find_obstacle(owner, kind):
             _refuse(lora_layers, obstacle)
         elif lora_layers:
             _Corrected(mixer, kind, lora_layers).install()
@@ -107,8 +110,7 @@ def _refuse(lora_layers: Sequence[Any], obstacle: str) -> None:
     )
     for layer in lora_layers:
         base = layer.base_layer
-        module = base.prefix.rpartition(".")[2]
-        set_notes(base, refusals={module: reason, **get_notes(base).refusals})
+        add_refusals(base, {base.prefix.rpartition(".")[2]: reason})
 
 
 class _Corrected:

@@ -25,7 +25,7 @@ from vllm.model_executor.models.module_mapping import MultiModelKeys
 from vllm_nway_lora.models import tables, traced_experts
 from vllm_nway_lora.models.mapping import find_hidden_entries
 from vllm_nway_lora.models.without_lora import SWITCHED_ON, is_listed
-from vllm_nway_lora.rows.notes import get_notes, set_notes
+from vllm_nway_lora.rows.notes import add_refusals, get_notes
 
 logger = logging.getLogger("vllm.nway_lora")
 
@@ -151,8 +151,7 @@ def refuse_untraced(model: nn.Module, mapping: Mapping[str, Sequence[str]]) -> N
         name = path.rpartition(".")[2]
         notes = get_notes(layer)
         if isinstance(layer, LinearBase) and notes.traced is None:
-            refusals = dict.fromkeys(mapping.get(name) or [name], _UNTRACED)
-            set_notes(layer, refusals={**refusals, **notes.refusals})
+            add_refusals(layer, dict.fromkeys(mapping.get(name) or [name], _UNTRACED))
         elif notes.mixture is None and any(map(_EXPERT.search, mapping.get(name, ()))):
             kinds = dict.fromkeys(module.rpartition(".")[2] for module in mapping[name])
             traced_experts.refuse(layer, list(kinds), _UNTRACED)

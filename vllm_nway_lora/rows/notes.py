@@ -48,3 +48,8 @@ def get_notes(layer: Any) -> LayerNotes:
 def set_notes(layer: Any, **fields: Any) -> None:
     """Set fields of a layer's notes and leave the others unchanged."""
     setattr(layer, _ATTRIBUTE, dataclasses.replace(get_notes(layer), **fields))
+
+
+def add_refusals(layer: Any, refusals: Mapping[str, str]) -> None:
+    """Add refusals to a layer's notes. A module that has one already keeps its reason."""
+    set_notes(layer, refusals={**refusals, **get_notes(layer).refusals})
